@@ -1,0 +1,136 @@
+"""The one home of grids, windows, shifts and proxies.
+
+A token sequence lies on a grid (f, h, w) in raster order (w fastest). Every axis of length L is cut at
+0, s, s + p, s + 2p, ..., L for a window p and a shift s, so the first and the last window may be smaller:
+every grid works, and nothing is padded, rolled or masked. A shifted grid cut this way groups exactly the
+tokens that Swin's roll-and-mask lets attend to each other (arXiv 2103.14030, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Triple = tuple[int, int, int]
+
+
+def _triple(name: str, value: Sequence[int], fill: int, lowest: int) -> Triple:
+    """Check two or three integers, each at least `lowest`; two become three by `fill` on the frame axis."""
+    # bool is an int to Python, but a grid of True is a mistake; torch.SymInt is an int to torch.compile.
+    ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (2, 3)
+    if not ok or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in value):
+        raise ValueError(f"{name} must be 2 or 3 integers, (h, w) or (f, h, w); got {value!r}")
+    if any(v < lowest for v in value):
+        raise ValueError(f"{name} must have every entry >= {lowest}; got {tuple(value)}")
+    return (fill, *value) if len(value) == 2 else tuple(value)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` neighbouring windows of equal `size` on one axis, `count * size` positions in all."""
+
+    count: int
+    size: int
+
+    @property
+    def length(self) -> int:
+        return self.count * self.size
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Windows on a token grid.
+
+    Args:
+        grid: (f, h, w) or (h, w), the tokens per axis.
+        window: (pf, ph, pw) or (ph, pw), the window per axis; longer than the axis means the whole axis.
+        shift: (sf, sh, sw) or (sh, sw), the first cut per axis; each in [0, window).
+
+    Raises:
+        ValueError: an entry that is not an integer, not positive, or a shift outside [0, window).
+    """
+
+    grid: Triple
+    window: Triple
+    shift: Triple = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", _triple("grid", self.grid, 1, 1))
+        object.__setattr__(self, "window", _triple("window", self.window, 1, 1))
+        object.__setattr__(self, "shift", _triple("shift", self.shift, 0, 0))
+        if any(s >= p for s, p in zip(self.shift, self.window, strict=True)):
+            raise ValueError(
+                f"shift must lie in [0, window) on every axis; got shift {self.shift} "
+                f"with window {self.window}"
+            )
+
+    def shifted(self) -> WindowGrid:
+        """The same grid with Swin's shift, window // 2 on every axis."""
+        f, h, w = self.window
+        return WindowGrid(self.grid, self.window, (f // 2, h // 2, w // 2))
+
+    @property
+    def num_tokens(self) -> int:
+        f, h, w = self.grid
+        return f * h * w
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows there are: the number of proxy tokens where the grid is unshifted."""
+        f, h, w = self.counts
+        return f * h * w
+
+    @property
+    def counts(self) -> Triple:
+        """Windows per axis."""
+        f, h, w = (self.axis_id(axis, self.grid[axis] - 1) + 1 for axis in range(3))
+        return (f, h, w)
+
+    def axis_id(self, axis: int, position: int) -> int:
+        """Index, along one axis, of the window that holds `position`. All else here follows from this."""
+        p = self.window[axis]
+        return (position + -self.shift[axis] % p) // p
+
+    def segments(self, axis: int) -> tuple[Segment, ...]:
+        """The axis as first / interior / last runs of equal windows, in order, empty runs dropped."""
+        length, p, s = self.grid[axis], self.window[axis], self.shift[axis]
+        first = min(s, length)
+        interior, last = divmod(length - first, p)
+        runs = (Segment(1, first), Segment(interior, p), Segment(1, last))
+        return tuple(run for run in runs if run.length)
+
+    def cuts(self, axis: int) -> tuple[int, ...]:
+        """Where the axis is cut, both ends included: 0, s, s + p, ..., L."""
+        points = [0]
+        for run in self.segments(axis):
+            points += [points[-1] + run.size * (i + 1) for i in range(run.count)]
+        return tuple(points)
+
+    def window_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Window of every token in raster order: int64 (N,), windows numbered in raster order too."""
+        ids = torch.zeros(1, dtype=torch.int64, device=device)
+        for axis, (length, count) in enumerate(zip(self.grid, self.counts, strict=True)):
+            own = self.axis_id(axis, torch.arange(length, device=device))  # type: ignore[arg-type]
+            ids = (ids[:, None] * count + own).flatten()
+        return ids
+
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs within windows: the sum over windows of (tokens held)²."""
+        return math.prod(
+            sum(run.count * run.size**2 for run in self.segments(axis)) for axis in range(3)
+        )
+
+
+def default_window(grid: Sequence[int]) -> Triple:
+    """The paper's window for a token grid: (1, 2, 2) at 16 x 16 tokens, doubling with the side; 4 frames for video.
+
+    The side is the geometric mean of height and width, so that every aspect ratio of one resolution has
+    one window. Source: arXiv 2409.04005, section 4.1 (compression ratios per resolution).
+    """
+    f, h, w = _triple("grid", grid, 1, 1)
+    side = 2 ** max(1, round(math.log2(math.sqrt(h * w) / 8)))
+    return (4 if f > 1 else 1, side, side)

@@ -1,0 +1,56 @@
+"""DiT: the full-attention class-conditional baseline (arXiv 2212.09748), for images and video."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..layers import SelfAttention, layer_norm
+from .blocks import AdaLNZero, ClassCondition, Condition, Mlp, Output, PatchEmbed, initialize_weights
+from .configs import ModelConfig
+
+
+class DiTBlock(nn.Module):
+    """Full self-attention and MLP, modulated by adaLN-zero."""
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.attn = SelfAttention(config.dim, config.num_heads, backend=backend)
+        self.mlp = Mlp(config.dim)
+        self.modulation = AdaLNZero(config.dim, count=2)
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        attn, mlp = self.modulation(condition.modulation)
+        x = attn.add_gated(x, self.attn(layer_norm(x, attn)))
+        return mlp.add_gated(x, self.mlp(layer_norm(x, mlp)))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer. Positions are embedded as in PT-DiT, so that it takes video too.
+
+    Args:
+        config: sizes and number of classes.
+        backend: of every attention, "auto", "reference", "sdpa" or "triton".
+    """
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.condition = ClassCondition(config)
+        self.blocks = nn.ModuleList(DiTBlock(config, backend=backend) for _ in range(config.depth))
+        self.output = Output(config)
+        initialize_weights(self)
+
+    def forward(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        """Latents (B, 4, F, H, W) or (B, 4, H, W), timestep (B,), labels (B,) int64 -> 8 channels out.
+
+        Raises:
+            ValueError: a shape other than these.
+        """
+        condition = self.condition(timestep, labels=labels)
+        x, grid = self.patch_embed(latents)
+        for block in self.blocks:
+            x = block(x, condition)
+        x = self.output(x, grid, condition.embedding)
+        return x if latents.ndim == 5 else x.squeeze(2)

@@ -1,0 +1,116 @@
+"""PT-DiT: the proxy-tokenized diffusion transformer (arXiv 2409.04005), for text or classes, images or video."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import WindowGrid, default_window
+from ..layers import CrossAttention, GlobalInteraction, TextureComplement, ZeroLinear, layer_norm
+from .blocks import (
+    AdaLNSingle,
+    AdaLNZero,
+    ClassCondition,
+    Condition,
+    Mlp,
+    Output,
+    PatchEmbed,
+    TextCondition,
+    initialize_weights,
+)
+from .configs import ModelConfig
+
+
+class PTDiTBlock(nn.Module):
+    """Global interaction, texture complement, text cross-attention, MLP.
+
+    Text models modulate window attention, shifted-window attention and MLP by adaLN-single, the first two
+    from the same vector; class models modulate these and the proxy attention by adaLN-zero.
+    """
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        dim, heads = config.dim, config.num_heads
+        self.global_interaction = GlobalInteraction(dim, heads, backend=backend)
+        self.texture_complement = TextureComplement(
+            dim, heads, shift=config.shift, backend=backend
+        )
+        self.mlp = Mlp(dim)
+        self.text_attn: CrossAttention | None = None
+        self.modulation: nn.Module
+        if config.num_classes is None:
+            self.text_attn = CrossAttention(dim, heads, backend=backend)
+            self.text_attn.proj = ZeroLinear(dim, dim)
+            self.modulation = AdaLNSingle(dim, sources=(0, 1, 0))
+        else:
+            self.modulation = AdaLNZero(dim, count=4)
+
+    def forward(
+        self, x: Tensor, proxies: WindowGrid, windows: WindowGrid, condition: Condition
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D), one proxy per window of `proxies`, attention within `windows`."""
+        window, mlp, shifted, *proxy = self.modulation(condition.modulation)
+        x = x + self.global_interaction(x, proxies, *proxy)
+        x = x + self.texture_complement(x, windows, (window, shifted))
+        if self.text_attn is not None:
+            x = x + self.text_attn(x, condition.text, condition.text_mask)
+        return mlp.add_gated(x, self.mlp(layer_norm(x, mlp)))
+
+
+class PTDiT(nn.Module):
+    """Proxy-tokenized diffusion transformer.
+
+    Args:
+        config: sizes, windows and kind of condition.
+        backend: of every attention, "auto", "reference", "sdpa" or "triton".
+
+    Example:
+        >>> model = create_model("pt-dit-s-class")
+        >>> latents, t = torch.randn(2, 4, 32, 48), torch.tensor([10, 500])
+        >>> model(latents, t, labels=torch.tensor([3, 7])).shape
+        torch.Size([2, 8, 32, 48])
+    """
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        text = config.num_classes is None
+        self.condition = TextCondition(config) if text else ClassCondition(config)
+        self.blocks = nn.ModuleList(
+            PTDiTBlock(config, backend=backend) for _ in range(config.depth)
+        )
+        self.output = Output(config)
+        initialize_weights(self)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption: Tensor | None = None,
+        caption_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity (and a learned sigma) of noisy latents.
+
+        Args:
+            latents: (B, 4, F, H, W) for video or (B, 4, H, W), H and W multiples of the patch size.
+            timestep: (B,), 0 to 1000, one per sample.
+            caption: (B, T, caption_channels), for text models.
+            caption_mask: (B, T) bool, True at real tokens; None means all.
+            labels: (B,) int64, for class models.
+
+        Returns:
+            (B, 8, F, H, W) or (B, 8, H, W): 4 channels of prediction, then 4 of sigma.
+
+        Raises:
+            ValueError: a shape other than these, or a condition of the other kind.
+        """
+        condition = self.condition(timestep, caption, caption_mask, labels)
+        x, grid = self.patch_embed(latents)
+        windows = WindowGrid(grid, self.config.window or default_window(grid))
+        proxies = WindowGrid(grid, self.config.proxy_window or windows.window)
+        for block in self.blocks:
+            x = block(x, proxies, windows, condition)
+        x = self.output(x, grid, condition.embedding)
+        return x if latents.ndim == 5 else x.squeeze(2)

@@ -1,0 +1,216 @@
+"""The public differentiable operations: what they compute, checked inputs, dispatch. No math.
+
+Shapes: B batch, N = f·h·w tokens in raster order, M keys or proxies, C channels, H heads, D head dim.
+Inputs may have any strides; outputs are contiguous and of the input dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .geometry import WindowGrid
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def window_mean(
+    x: Tensor, grid: Sequence[int], window: Sequence[int], *, backend: str = "auto"
+) -> Tensor:
+    """Average every window of tokens into one proxy token.
+
+    proxy[w] = mean of the tokens in window w, over the tokens it really holds: windows at the far edge of
+    an axis that the window does not divide are smaller. Source: arXiv 2409.04005, equation 1.
+
+    Args:
+        x: (B, N, C) tokens in raster order, float16, bfloat16, float32 or float64.
+        grid: (f, h, w) or (h, w), with f·h·w = N.
+        window: (pf, ph, pw) or (ph, pw).
+        backend: "auto", "reference", "sdpa" or "triton".
+
+    Returns:
+        (B, M, C), M = ⌈f/pf⌉·⌈h/ph⌉·⌈w/pw⌉ proxies in raster order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was expected.
+        RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> x = torch.randn(2, 64, 32)  # 8 x 8 tokens
+        >>> window_mean(x, grid=(8, 8), window=(4, 4)).shape
+        torch.Size([2, 4, 32])
+    """
+    windows = WindowGrid(grid, window)  # type: ignore[arg-type]
+    _check_tensors(3, "(B, N, C)", x=x)
+    _check_tokens(windows, x=x)
+    return _backend(backend, x).window_mean(x, windows)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Dense attention, softmax(scale · q kᵀ) v, for self- and cross-attention.
+
+    Args:
+        q: (B, N, H, D) queries.
+        k, v: (B, M, H, D) keys and values.
+        key_mask: (B, M) bool, True where a key may be attended to. A sample with no such key gives
+            zeros, and zero gradients.
+        scale: factor on the scores; D^-0.5 by default.
+        backend: "auto", "reference", "sdpa" or "triton".
+
+    Returns:
+        (B, N, H, D), contiguous.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was expected.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}")
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q (B, N, H, D) and k (B, M, H, D) must agree in B, H and D; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if key_mask is not None:
+        _check_key_mask(key_mask, k)
+    return _backend(backend, q, k, v).attention(q, k, v, key_mask, _scale(scale, q)).contiguous()
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0, 0),
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention inside each window of the grid; with a shift, Swin's shifted-window attention.
+
+    Every axis is cut at 0, s, s + p, s + 2p, ..., L; tokens attend to the tokens of their own piece. This
+    equals rolling by -s, masking between the regions that a wrapped window joins, and rolling back.
+
+    Args:
+        q, k, v: (B, N, H, D) tokens in raster order.
+        grid: (f, h, w) or (h, w), with f·h·w = N.
+        window: (pf, ph, pw) or (ph, pw).
+        shift: (sf, sh, sw) or (sh, sw), each in [0, window).
+        scale: factor on the scores; D^-0.5 by default.
+        backend: "auto", "reference", "sdpa" or "triton".
+
+    Returns:
+        (B, N, H, D), contiguous.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was expected.
+        RuntimeError: the named backend cannot run here.
+    """
+    windows = WindowGrid(grid, window, shift)  # type: ignore[arg-type]
+    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
+    if not q.shape == k.shape == v.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(f"q, k and v must have one shape (B, N, H, D); got {shapes}")
+    _check_tokens(windows, q=q)
+    run = _backend(backend, q, k, v).window_attention
+    return run(q, k, v, windows, _scale(scale, q)).contiguous()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that `auto` takes, and why each other one cannot run."""
+
+    op: str
+    backend: str
+    reasons: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: auto takes {self.backend}"]
+        for name, reasons in self.reasons.items():
+            lines.append(f"  {name}: " + ("can run" if not reasons else "; ".join(reasons)))
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend `auto` takes for a call, and each reason why another cannot run.
+
+    Args:
+        op: "window_mean", "attention" or "window_attention".
+        *args, **kwargs: what the operation would be called with; only the tensors among them matter.
+
+    Example:
+        >>> print(explain("window_mean", torch.randn(1, 64, 32), (8, 8), (4, 4)))
+        window_mean: auto takes sdpa
+          reference: can run
+          sdpa: can run
+          triton: ptattn 0.1 has no Triton kernels yet
+    """
+    if op not in ("window_mean", "attention", "window_attention"):
+        raise ValueError(f"op must be window_mean, attention or window_attention; got {op!r}")
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    reasons = {n: tuple(backends.reasons_against(n, *tensors)) for n in backends.BACKENDS}
+    return Explanation(op, backends.resolve("auto", *tensors), reasons)
+
+
+def _backend(name: str, *tensors: Tensor) -> ModuleType:
+    return backends.load(backends.resolve(name, *tensors))
+
+
+def _check_tensors(ndim: int, shape: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(t).__name__}")
+        if t.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {t.dtype}")
+        if t.ndim != ndim:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
+        if 0 in t.shape[1:]:
+            raise ValueError(f"{name} may be empty in its batch only; got {tuple(t.shape)}")
+    for what in ("dtype", "device"):
+        if len({getattr(t, what) for t in tensors.values()}) > 1:
+            got = ", ".join(f"{name} {getattr(t, what)}" for name, t in tensors.items())
+            raise ValueError(f"{', '.join(tensors)} must have one {what}; got {got}")
+
+
+def _check_tokens(windows: WindowGrid, **tensor: Tensor) -> None:
+    ((name, t),) = tensor.items()
+    if t.shape[1] != windows.num_tokens:
+        raise ValueError(
+            f"{name} has {t.shape[1]} tokens, but grid {windows.grid} has {windows.num_tokens}"
+        )
+
+
+def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask must be a bool tensor (B, M), True = attend; got {got}")
+    if key_mask.shape != k.shape[:2]:
+        raise ValueError(
+            f"key_mask must have shape (B, M) = {tuple(k.shape[:2])}; got {tuple(key_mask.shape)}"
+        )
+    if key_mask.device != k.device:
+        raise ValueError(f"key_mask must be on {k.device}, where k is; got {key_mask.device}")
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None; got {scale!r}")
+    return float(scale)

@@ -1,0 +1,84 @@
+"""The portable fast backend, on torch's scaled_dot_product_attention: any device that torch runs on.
+
+Each axis of the grid is split into first / interior / last runs of equal windows (`WindowGrid.segments`),
+so that every slab of the grid is a dense batch of equal windows: no mask, no roll, and never more scores
+than the windows have pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .geometry import Segment, WindowGrid
+
+
+def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
+    f, h, w = windows.grid
+    means = _by_slab(_slab_mean, (x.unflatten(1, (f, h, w)),), windows)
+    return means.flatten(1, 3)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    if key_mask is None:
+        return _sdpa(q, k, v, scale)
+    # A sample without a key attends to all of them and is then zeroed: softmax over nothing is NaN.
+    has_key = key_mask.any(dim=1)[:, None]
+    out = _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :])
+    return torch.where(has_key[..., None, None], out, 0)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:
+    f, h, w = windows.grid
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, slab: tuple[Segment, ...]) -> Tensor:
+        (nf, pf), (nh, ph), (nw, pw) = ((run.count, run.size) for run in slab)
+        cut = "b (nf pf) (nh ph) (nw pw) h d -> (b nf nh nw) (pf ph pw) h d"
+        sizes = dict(nf=nf, pf=pf, nh=nh, ph=ph, nw=nw, pw=pw)
+        out = _sdpa(*(rearrange(t, cut, **sizes) for t in (q, k, v)), scale)
+        join = "(b nf nh nw) (pf ph pw) h d -> b (nf pf) (nh ph) (nw pw) h d"
+        return rearrange(out, join, **sizes)
+
+    out = _by_slab(attend, tuple(t.unflatten(1, (f, h, w)) for t in (q, k, v)), windows)
+    return out.flatten(1, 3)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """(B, N, H, D) in and out, as everywhere here; torch wants heads first."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _slab_mean(x: Tensor, slab: tuple[Segment, ...]) -> Tensor:
+    (nf, pf), (nh, ph), (nw, pw) = ((run.count, run.size) for run in slab)
+    cut = rearrange(
+        x, "b (nf pf) (nh ph) (nw pw) c -> b nf pf nh ph nw pw c", pf=pf, ph=ph, pw=pw, nf=nf
+    )
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return cut.mean(dim=(2, 4, 6), dtype=exact).to(x.dtype)
+
+
+def _by_slab(
+    apply: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    windows: WindowGrid,
+    slab: tuple[Segment, ...] = (),
+) -> Tensor:
+    """Apply `apply(*tensors, slab)` to every slab of the grid (axes 1 to 3) and join the results.
+
+    Splitting and joining an axis at a time keeps the backward at one pass per axis; slicing each slab out
+    of the whole would give every one a full-size gradient of zeros.
+    """
+    axis = len(slab)
+    if axis == 3:
+        return apply(*tensors, slab)
+    runs = windows.segments(axis)
+    if len(runs) == 1:
+        return _by_slab(apply, tensors, windows, (*slab, runs[0]))
+    pieces = zip(*(t.split([run.length for run in runs], dim=axis + 1) for t in tensors), strict=True)
+    results = [_by_slab(apply, p, windows, (*slab, run)) for p, run in zip(pieces, runs, strict=True)]
+    return torch.cat(results, dim=axis + 1)
