@@ -1,8 +1,8 @@
 """The released weights' layout in and out.
 
-The release is the state dict of the authors' `pt_dit_diffusers.py` with a dictionary of sizes. It keeps
-queries, keys and values in separate layers and each block's modulation in two tables; ours are packed, so
-each of our tensors is one or several of theirs stacked along the first axis.
+The release is the state dict of the authors' `pt_dit_diffusers.py` with a dictionary of sizes. It
+keeps queries, keys and values in separate layers and each block's modulation in two tables; ours
+are packed, so each of our tensors is one or several of theirs stacked along the first axis.
 """
 
 from __future__ import annotations
@@ -62,25 +62,26 @@ def from_official(
     """Build a PTDiT from the released model's weights.
 
     Args:
-        state_dict: tensors by their released names, such as `transformer_blocks.0.attn1.to_q.weight`.
+        state_dict: tensors by released name, such as `transformer_blocks.0.attn1.to_q.weight`.
         config: num_layers, num_heads, head_dim, window, proxy_window, shift_window, in_channels,
-            out_channels, patch_size, sample_size, caption_channels; name, latent_shape, grid and text_len
-            are accepted and unused.
+            out_channels, patch_size, sample_size, caption_channels; name, latent_shape, grid and
+            text_len are accepted and unused.
         backend: of every attention.
 
     Returns:
         A model that shares no memory with `state_dict` and has its dtype and device.
 
     Raises:
-        ValueError: every unknown or missing key of `config`, or every unknown, missing or misshapen tensor.
+        ValueError: every unknown or missing key of `config`, or every unknown, missing or
+            misshapen tensor.
     """
     with torch.device("meta"):
         model = PTDiT(_model_config(config), backend=backend)
     _check_tensors(state_dict, to_official(model))
-    own = {
-        name: torch.cat([state_dict[part] for part in parts]).reshape(model.get_parameter(name).shape)
-        for name, parts in _stacks(model.config.depth)
-    }
+    own = {}
+    for name, parts in _stacks(model.config.depth):
+        stacked = torch.cat([state_dict[part] for part in parts])
+        own[name] = stacked.reshape(model.get_parameter(name).shape)
     model.load_state_dict(own, assign=True)
     return model
 
@@ -92,8 +93,8 @@ def to_official(model: PTDiT) -> dict[str, Tensor]:
         ValueError: a class-conditional model, which the release has no layout for.
     """
     if model.config.num_classes is not None:
-        raise ValueError("the released layout holds text-conditional models; got a class-conditional one")
-    theirs = {}
+        raise ValueError("the released layout is for text models; got a class-conditional one")
+    theirs: dict[str, Tensor] = {}
     for name, parts in _stacks(model.config.depth):
         tensor = model.get_parameter(name).detach()
         if name.endswith("modulation.table"):
@@ -109,7 +110,8 @@ def load_official(path: str | Path, config: Mapping[str, Any], *, backend: str =
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another ending, a corrupt or truncated file, or content that `from_official` refuses.
+        ValueError: another ending, a corrupt or truncated file, or content that `from_official`
+            refuses.
         ImportError: .safetensors without the safetensors package (`pip install ptattn[hub]`).
     """
     path = Path(path)
@@ -123,7 +125,7 @@ def load_official(path: str | Path, config: Mapping[str, Any], *, backend: str =
 
 def _stacks(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every parameter of ours and the released tensors that it stacks."""
-    layers = dict(_MODEL_LAYERS)
+    layers: dict[str, tuple[str, ...]] = dict(_MODEL_LAYERS)
     yield "output.table", ("scale_shift_table",)
     for i in range(depth):
         ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
@@ -137,7 +139,7 @@ def _stacks(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _block_layers() -> dict[str, tuple[str, ...]]:
-    layers = dict(_BLOCK_LAYERS)
+    layers: dict[str, tuple[str, ...]] = dict(_BLOCK_LAYERS)
     for ours, theirs in (_SELF_ATTENTIONS | _CROSS_ATTENTIONS).items():
         q, k, v = (f"{theirs}.to_{letter}" for letter in "qkv")
         if ours in _SELF_ATTENTIONS:

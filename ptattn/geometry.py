@@ -1,9 +1,10 @@
 """The one home of grids, windows, shifts and proxies.
 
-A token sequence lies on a grid (f, h, w) in raster order (w fastest). Every axis of length L is cut at
-0, s, s + p, s + 2p, ..., L for a window p and a shift s, so the first and the last window may be smaller:
-every grid works, and nothing is padded, rolled or masked. A shifted grid cut this way groups exactly the
-tokens that Swin's roll-and-mask lets attend to each other (arXiv 2103.14030, section 3.2).
+A token sequence lies on a grid (f, h, w) in raster order (w fastest). Every axis of length L is cut
+at 0, s, s + p, s + 2p, ..., L for a window p and a shift s, so the first and the last window may be
+smaller: every grid works, and nothing is padded, rolled or masked. A shifted grid cut this way
+groups exactly the tokens that Swin's roll-and-mask lets attend to each other (arXiv 2103.14030,
+section 3.2).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,8 +20,8 @@ Triple = tuple[int, int, int]
 
 
 def _triple(name: str, value: Sequence[int], fill: int, lowest: int) -> Triple:
-    """Check two or three integers, each at least `lowest`; two become three by `fill` on the frame axis."""
-    # bool is an int to Python, but a grid of True is a mistake; torch.SymInt is an int to torch.compile.
+    """Check two or three integers, each at least `lowest`; `fill` is the frame axis of two."""
+    # bool is an int to Python, but a grid of True is a mistake; SymInt is torch.compile's int.
     ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (2, 3)
     if not ok or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in value):
         raise ValueError(f"{name} must be 2 or 3 integers, (h, w) or (f, h, w); got {value!r}")
@@ -46,16 +48,18 @@ class WindowGrid:
 
     Args:
         grid: (f, h, w) or (h, w), the tokens per axis.
-        window: (pf, ph, pw) or (ph, pw), the window per axis; longer than the axis means the whole axis.
+        window: (pf, ph, pw) or (ph, pw), the window per axis; one longer than the axis is the axis.
         shift: (sf, sh, sw) or (sh, sw), the first cut per axis; each in [0, window).
+
+    All three are kept as tuples of three integers.
 
     Raises:
         ValueError: an entry that is not an integer, not positive, or a shift outside [0, window).
     """
 
-    grid: Triple
-    window: Triple
-    shift: Triple = (0, 0, 0)
+    grid: Sequence[int]
+    window: Sequence[int]
+    shift: Sequence[int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _triple("grid", self.grid, 1, 1))
@@ -86,16 +90,19 @@ class WindowGrid:
     @property
     def counts(self) -> Triple:
         """Windows per axis."""
-        f, h, w = (self.axis_id(axis, self.grid[axis] - 1) + 1 for axis in range(3))
+        f, h, w = (self.axis_id(axis, length - 1) + 1 for axis, length in enumerate(self.grid))
         return (f, h, w)
 
-    def axis_id(self, axis: int, position: int) -> int:
-        """Index, along one axis, of the window that holds `position`. All else here follows from this."""
+    def axis_id(self, axis: int, position: Any) -> Any:
+        """Index along one axis of the window that holds `position` (an int, or a tensor of them).
+
+        All else here follows from it, and the kernels compute the same.
+        """
         p = self.window[axis]
         return (position + -self.shift[axis] % p) // p
 
     def segments(self, axis: int) -> tuple[Segment, ...]:
-        """The axis as first / interior / last runs of equal windows, in order, empty runs dropped."""
+        """The axis as first / interior / last runs of equal windows; empty runs are dropped."""
         length, p, s = self.grid[axis], self.window[axis], self.shift[axis]
         first = min(s, length)
         interior, last = divmod(length - first, p)
@@ -110,10 +117,10 @@ class WindowGrid:
         return tuple(points)
 
     def window_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Window of every token in raster order: int64 (N,), windows numbered in raster order too."""
+        """Window of every token in raster order, int64 (N,); windows too count in raster order."""
         ids = torch.zeros(1, dtype=torch.int64, device=device)
         for axis, (length, count) in enumerate(zip(self.grid, self.counts, strict=True)):
-            own = self.axis_id(axis, torch.arange(length, device=device))  # type: ignore[arg-type]
+            own = self.axis_id(axis, torch.arange(length, device=device))
             ids = (ids[:, None] * count + own).flatten()
         return ids
 
@@ -126,10 +133,10 @@ class WindowGrid:
 
 
 def default_window(grid: Sequence[int]) -> Triple:
-    """The paper's window for a token grid: (1, 2, 2) at 16 x 16 tokens, doubling with the side; 4 frames for video.
+    """The paper's window for a token grid: (1, 2, 2) at 16 x 16 tokens, growing with the side.
 
-    The side is the geometric mean of height and width, so that every aspect ratio of one resolution has
-    one window. Source: arXiv 2409.04005, section 4.1 (compression ratios per resolution).
+    A window of video has 4 frames. The side is the geometric mean of height and width, so that
+    every aspect ratio of one resolution has one window. Source: arXiv 2409.04005.
     """
     f, h, w = _triple("grid", grid, 1, 1)
     side = 2 ** max(1, round(math.log2(math.sqrt(h * w) / 8)))

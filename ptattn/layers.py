@@ -35,7 +35,7 @@ class Modulation(NamedTuple):
 
 
 def layer_norm(x: Tensor, modulation: Sequence[Tensor] | None = None) -> Tensor:
-    """LayerNorm without affine parameters, then · (1 + scale) + shift if given (shift, scale, ...)."""
+    """LayerNorm without affine parameters, then · (1 + scale) + shift of (shift, scale, ...)."""
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
     if modulation is None:
         return normed
@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """(B, N, C) -> (B, N, C), dense or within `windows`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if windows is None:
             out = ops.attention(q, k, v, backend=self.backend)
@@ -116,7 +116,8 @@ class GlobalInteraction(nn.Module):
 
         p = mean(x);  p = p + gate · SA(modulate(LN(p)));  return Z · CA(q = LN(x), kv = LN(p))
 
-    Z is linear and zero-initialised. Source: arXiv 2409.04005, section 3.2, equations 1 to 3.
+    Z is linear and zero-initialised. Source: arXiv 2409.04005, the global information interaction
+    module.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class GlobalInteraction(nn.Module):
     def forward(
         self, x: Tensor, windows: WindowGrid, modulation: Modulation | None = None
     ) -> Tensor:
-        """(B, N, C) with one proxy per window, its self-attention modulated if asked -> (B, N, C)."""
+        """(B, N, C) -> (B, N, C), one proxy per window; `modulation` is of their self-attention."""
         backend = self.proxy_attn.backend
         proxies = ops.window_mean(x, windows.grid, windows.window, backend=backend)
         update = self.proxy_attn(layer_norm(proxies, modulation))
@@ -153,7 +154,7 @@ class TextureComplement(nn.Module):
 
         y = gate · WA(modulate(LN(x)));  return y + Z · (gate' · SWA(modulate'(LN(x + y))))
 
-    Z is linear and zero-initialised. Source: arXiv 2409.04005, section 3.2, equations 4 and 5.
+    Z is linear and zero-initialised. Source: arXiv 2409.04005, the texture complement module.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class TextureComplement(nn.Module):
         windows: WindowGrid,
         modulation: tuple[Modulation, Modulation] | None = None,
     ) -> Tensor:
-        """(B, N, C) on unshifted windows, each attention modulated if asked -> (B, N, C)."""
+        """(B, N, C) -> (B, N, C) on unshifted windows; `modulation` is of each attention."""
         plain, shifted = modulation or (None, None)
         y = self.window_attn(layer_norm(x, plain), windows)
         y = plain.gated(y) if plain else y
@@ -194,10 +195,10 @@ class TextureComplement(nn.Module):
 class ProxyAttention(nn.Module):
     """Drop-in for a transformer block's self-attention: global context at the cost of windows.
 
-    Proxy self-attention, proxy-to-token cross-attention, window and shifted-window attention, one after
-    the other (arXiv 2409.04005, section 3.2). Returns what the host adds to its residual stream:
-    `x = x + attn(norm(x))` works as before. At initialisation it is plain window attention, as the two
-    output layers Z are zero.
+    Proxy self-attention, proxy-to-token cross-attention, window and shifted-window attention, one
+    after the other (arXiv 2409.04005). Returns what the host adds to its residual
+    stream: `x = x + attn(norm(x))` works as before. At initialisation it is plain window attention,
+    as the two output layers Z are zero.
 
     Args:
         dim: channels C, a multiple of num_heads.
@@ -211,7 +212,8 @@ class ProxyAttention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: dim not a multiple of num_heads, a window or grid that is not positive integers, an
+        ValueError: dim not a multiple of num_heads, a window or grid that is not positive integers,
+        an
             unknown backend.
 
     Example:
@@ -236,11 +238,9 @@ class ProxyAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.window = WindowGrid((1, 1), window).window  # type: ignore[arg-type]
-        self.proxy_window = (
-            self.window if proxy_window is None else WindowGrid((1, 1), proxy_window).window  # type: ignore[arg-type]
-        )
-        self.grid = None if grid is None else WindowGrid(grid, self.window).grid  # type: ignore[arg-type]
+        self.window = WindowGrid((1, 1), window).window
+        self.proxy_window = WindowGrid((1, 1), proxy_window or window).window
+        self.grid = None if grid is None else WindowGrid(grid, self.window).grid
         options: dict[str, Any] = dict(
             qkv_bias=qkv_bias, backend=backend, device=device, dtype=dtype
         )
@@ -251,7 +251,8 @@ class ProxyAttention(nn.Module):
         """Attend over a grid of tokens.
 
         Args:
-            x: (B, N, C) with a grid from here or the constructor, or (B, h, w, C) or (B, f, h, w, C).
+            x: (B, N, C) with a grid from here or the constructor, or (B, h, w, C) or (B, f, h, w,
+            C).
             grid: (f, h, w) or (h, w), with f·h·w = N.
 
         Returns:
@@ -267,8 +268,8 @@ class ProxyAttention(nn.Module):
             )
         grid = self._grid_of(x, grid)
         tokens = x.flatten(1, -2)
-        delta = self.global_interaction(tokens, WindowGrid(grid, self.proxy_window))  # type: ignore[arg-type]
-        windows = WindowGrid(grid, self.window)  # type: ignore[arg-type]
+        delta = self.global_interaction(tokens, WindowGrid(grid, self.proxy_window))
+        windows = WindowGrid(grid, self.window)
         return (delta + self.texture_complement(tokens + delta, windows)).view(x.shape)
 
     def _grid_of(self, x: Tensor, grid: Sequence[int] | None) -> Sequence[int]:

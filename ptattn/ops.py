@@ -1,7 +1,7 @@
 """The public differentiable operations: what they compute, checked inputs, dispatch. No math.
 
-Shapes: B batch, N = f·h·w tokens in raster order, M keys or proxies, C channels, H heads, D head dim.
-Inputs may have any strides; outputs are contiguous and of the input dtype.
+Shapes: B batch, N = f·h·w tokens in raster order, M keys or proxies, C channels, H heads, D head
+dim. Inputs may have any strides; outputs are contiguous and of the input dtype.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def window_mean(
 ) -> Tensor:
     """Average every window of tokens into one proxy token.
 
-    proxy[w] = mean of the tokens in window w, over the tokens it really holds: windows at the far edge of
-    an axis that the window does not divide are smaller. Source: arXiv 2409.04005, equation 1.
+    proxy[w] = mean of the tokens in window w, over the tokens it really holds: windows at the far
+    edge of an axis that the window does not divide are smaller. Source: arXiv 2409.04005.
 
     Args:
         x: (B, N, C) tokens in raster order, float16, bfloat16, float32 or float64.
@@ -46,7 +46,7 @@ def window_mean(
         >>> window_mean(x, grid=(8, 8), window=(4, 4)).shape
         torch.Size([2, 4, 32])
     """
-    windows = WindowGrid(grid, window)  # type: ignore[arg-type]
+    windows = WindowGrid(grid, window)
     _check_tensors(3, "(B, N, C)", x=x)
     _check_tokens(windows, x=x)
     return _backend(backend, x).window_mean(x, windows)
@@ -104,8 +104,9 @@ def window_attention(
 ) -> Tensor:
     """Attention inside each window of the grid; with a shift, Swin's shifted-window attention.
 
-    Every axis is cut at 0, s, s + p, s + 2p, ..., L; tokens attend to the tokens of their own piece. This
-    equals rolling by -s, masking between the regions that a wrapped window joins, and rolling back.
+    Every axis is cut at 0, s, s + p, s + 2p, ..., L; tokens attend to the tokens of their own
+    piece. This equals rolling by -s, masking between the regions that a wrapped window joins, and
+    rolling back.
 
     Args:
         q, k, v: (B, N, H, D) tokens in raster order.
@@ -122,7 +123,7 @@ def window_attention(
         TypeError, ValueError: naming the argument, what it got and what was expected.
         RuntimeError: the named backend cannot run here.
     """
-    windows = WindowGrid(grid, window, shift)  # type: ignore[arg-type]
+    windows = WindowGrid(grid, window, shift)
     _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
@@ -152,7 +153,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         op: "window_mean", "attention" or "window_attention".
-        *args, **kwargs: what the operation would be called with; only the tensors among them matter.
+        *args, **kwargs: what the operation would be called with; only the tensors among them
+        matter.
 
     Example:
         >>> print(explain("window_mean", torch.randn(1, 64, 32), (8, 8), (4, 4)))

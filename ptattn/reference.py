@@ -1,7 +1,7 @@
 """The specification: the three operations in plain math, slow and exact, for any float dtype.
 
-Everything is computed in at least float32 (in float64 for float64 inputs) with autocast off, and rounded
-once at the end. All other backends are tested against these functions in float64.
+Everything is computed in at least float32 (in float64 for float64 inputs) with autocast off, and
+rounded once at the end. All other backends are tested against these functions in float64.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
             weights = scores.softmax(-1)
         else:
             absent = ~key_mask[:, None, None, :]
-            # The lowest finite number, not -inf: a row without a key must give zeros, and -inf gives NaN.
+            # The lowest finite number, not -inf: a row without a key must give zeros, and -inf
+            # gives NaN.
             weights = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(-1)
             weights = weights.masked_fill(absent, 0)
         return torch.einsum("bhnm,bmhd->bnhd", weights, _exact(v)).to(q.dtype)

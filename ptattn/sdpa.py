@@ -1,8 +1,8 @@
-"""The portable fast backend, on torch's scaled_dot_product_attention: any device that torch runs on.
+"""The portable fast backend: torch's scaled_dot_product_attention, on any device it runs on.
 
-Each axis of the grid is split into first / interior / last runs of equal windows (`WindowGrid.segments`),
-so that every slab of the grid is a dense batch of equal windows: no mask, no roll, and never more scores
-than the windows have pairs.
+Each axis of the grid is split into first / interior / last runs of equal windows
+(`WindowGrid.segments`), so that every slab of the grid is a dense batch of equal windows: no mask,
+no roll, and never more scores than the windows have pairs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
         (nf, pf), (nh, ph), (nw, pw) = ((run.count, run.size) for run in slab)
         cut = "b (nf pf) (nh ph) (nw pw) h d -> (b nf nh nw) (pf ph pw) h d"
         sizes = dict(nf=nf, pf=pf, nh=nh, ph=ph, nw=nw, pw=pw)
-        out = _sdpa(*(rearrange(t, cut, **sizes) for t in (q, k, v)), scale)
+        q, k, v = (rearrange(t, cut, **sizes) for t in (q, k, v))
+        out = _sdpa(q, k, v, scale)
         join = "(b nf nh nw) (pf ph pw) h d -> b (nf pf) (nh ph) (nw pw) h d"
         return rearrange(out, join, **sizes)
 
@@ -54,10 +55,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
 
 
 def _slab_mean(x: Tensor, slab: tuple[Segment, ...]) -> Tensor:
-    (nf, pf), (nh, ph), (nw, pw) = ((run.count, run.size) for run in slab)
-    cut = rearrange(
-        x, "b (nf pf) (nh ph) (nw pw) c -> b nf pf nh ph nw pw c", pf=pf, ph=ph, pw=pw, nf=nf
-    )
+    pf, ph, pw = (run.size for run in slab)
+    cut = rearrange(x, "b (nf pf) (nh ph) (nw pw) c -> b nf pf nh ph nw pw c", pf=pf, ph=ph, pw=pw)
     exact = torch.promote_types(x.dtype, torch.float32)
     return cut.mean(dim=(2, 4, 6), dtype=exact).to(x.dtype)
 
@@ -70,8 +69,8 @@ def _by_slab(
 ) -> Tensor:
     """Apply `apply(*tensors, slab)` to every slab of the grid (axes 1 to 3) and join the results.
 
-    Splitting and joining an axis at a time keeps the backward at one pass per axis; slicing each slab out
-    of the whole would give every one a full-size gradient of zeros.
+    Splitting and joining an axis at a time keeps the backward at one pass per axis; slicing each
+    slab out of the whole would give every one a full-size gradient of zeros.
     """
     axis = len(slab)
     if axis == 3:
@@ -79,6 +78,10 @@ def _by_slab(
     runs = windows.segments(axis)
     if len(runs) == 1:
         return _by_slab(apply, tensors, windows, (*slab, runs[0]))
-    pieces = zip(*(t.split([run.length for run in runs], dim=axis + 1) for t in tensors), strict=True)
-    results = [_by_slab(apply, p, windows, (*slab, run)) for p, run in zip(pieces, runs, strict=True)]
+    lengths = [run.length for run in runs]
+    pieces = zip(*(t.split(lengths, dim=axis + 1) for t in tensors), strict=True)
+    results = [
+        _by_slab(apply, piece, windows, (*slab, run))
+        for piece, run in zip(pieces, runs, strict=True)
+    ]
     return torch.cat(results, dim=axis + 1)

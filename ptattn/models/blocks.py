@@ -29,8 +29,8 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         if latents.ndim not in (4, 5) or latents.shape[1] != self.channels:
             raise ValueError(
-                f"latents must have shape (B, {self.channels}, F, H, W) or (B, {self.channels}, H, W); "
-                f"got {tuple(latents.shape)}"
+                f"latents must have shape (B, {self.channels}, F, H, W) or "
+                f"(B, {self.channels}, H, W); got {tuple(latents.shape)}"
             )
         if latents.shape[-2] % p or latents.shape[-1] % p:
             raise ValueError(f"latents need H and W divisible by {p}; got {tuple(latents.shape)}")
@@ -44,10 +44,10 @@ class PatchEmbed(nn.Module):
 
 
 def position_embedding(grid: Triple, like: Tensor, scale: float = 1) -> Tensor:
-    """Fixed 3-D sin-cos embedding (N, D) for a token grid, in the dtype and on the device of `like`.
+    """Fixed 3-D sin-cos embedding (N, D) of a token grid, with the dtype and device of `like`.
 
-    Channels [0, D/4) encode the frame, [D/4, 5D/8) the column, [5D/8, D) the row, each as [sin, cos] of
-    position · 10000^(-i / (n/2)); rows and columns are divided by `scale`.
+    Channels [0, D/4) encode the frame, [D/4, 5D/8) the column, [5D/8, D) the row, each as [sin,
+    cos] of position · 10000^(-i / (n/2)); rows and columns are divided by `scale`.
     """
     f, h, w = grid
     dim = like.shape[-1]
@@ -84,7 +84,7 @@ class TimestepEmbed(nn.Module):
         steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
         angle = timestep.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class Condition(NamedTuple):
@@ -122,7 +122,8 @@ class TextCondition(nn.Module):
         _check_timestep(timestep, caption.shape[0])
         if caption.ndim != 3 or caption.shape[-1] != self.caption_channels:
             raise ValueError(
-                f"caption must have shape (B, T, {self.caption_channels}); got {tuple(caption.shape)}"
+                f"caption must have shape (B, T, {self.caption_channels}); "
+                f"got {tuple(caption.shape)}"
             )
         embedding = self.timestep(timestep)
         return Condition(embedding, self.modulation(embedding), self.caption(caption), caption_mask)
@@ -161,7 +162,8 @@ def _check_timestep(timestep: Tensor, batch: int) -> None:
 class AdaLNSingle(nn.Module):
     """Modulations from the model's one (B, 6D) vector plus a learned table of this block's own.
 
-    The vector holds two (shift, scale, gate); `sources` says which of the two each modulation starts from.
+    The vector holds two (shift, scale, gate); `sources` says which of the two each modulation
+    starts from.
     """
 
     def __init__(self, dim: int, sources: tuple[int, ...] = (0, 1)) -> None:
@@ -178,7 +180,7 @@ class AdaLNSingle(nn.Module):
 
 
 class AdaLNZero(nn.Module):
-    """Modulations by a linear layer of this block's own, zero-initialised (DiT, arXiv 2212.09748)."""
+    """Modulations by a zero-initialised linear layer of the block's own (arXiv 2212.09748)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -198,13 +200,13 @@ class Mlp(nn.Sequential):
 
 
 class Output(nn.Module):
-    """Tokens to latents: norm modulated by a table (text) or a linear layer (classes), linear, unpatchify."""
+    """Tokens to latents: modulated norm (by a table for text, a layer for classes), unpatchify."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d = config.dim
         self.patch_size = config.patch_size
-        self.table = self.linear = None
+        self.table: nn.Parameter | None = None
         if config.num_classes is None:
             self.table = nn.Parameter(torch.randn(2, d) / d**0.5)
         else:
@@ -213,7 +215,7 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, grid: Triple, embedding: Tensor) -> Tensor:
         """(B, N, D) on grid (f, h, w) -> (B, C, f, h·patch, w·patch)."""
-        if self.linear is None:
+        if self.table is not None:
             modulation = (self.table + embedding[:, None]).unbind(1)
         else:
             modulation = self.linear(F.silu(embedding)).chunk(2, dim=-1)
@@ -224,7 +226,7 @@ class Output(nn.Module):
 
 
 def initialize_weights(model: nn.Module) -> None:
-    """Xavier for linear and patch layers, 0.02 for the embeddings; layers that start at zero stay there."""
+    """Xavier for linear and patch layers, 0.02 for embeddings; what starts at zero stays there."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, ZeroLinear):
             nn.init.xavier_uniform_(module.weight.flatten(1))

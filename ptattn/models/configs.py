@@ -14,7 +14,8 @@ class ModelConfig:
         depth: number of blocks.
         dim: channels D, a multiple of 16 and of num_heads.
         num_heads: attention heads.
-        window: attention window in tokens, (pf, ph, pw) or (ph, pw); None follows the resolution as in
+        window: attention window in tokens, (pf, ph, pw) or (ph, pw); None follows the resolution as
+        in
             the paper (`geometry.default_window`). PT-DiT only.
         proxy_window: the window averaged into one proxy; None is `window`. PT-DiT only.
         shift: whether the second window attention is shifted. PT-DiT only.
@@ -43,8 +44,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if (self.caption_channels is None) == (self.num_classes is None):
             raise ValueError(
-                "exactly one of caption_channels (text) and num_classes (classes) must be given; got "
-                f"{self.caption_channels} and {self.num_classes}"
+                "exactly one of caption_channels (text) and num_classes (classes) must be given; "
+                f"got {self.caption_channels} and {self.num_classes}"
             )
         if self.dim % 16 or self.dim % self.num_heads:
             raise ValueError(
@@ -56,7 +57,8 @@ def _classes(depth: int, dim: int, num_heads: int) -> ModelConfig:
     return ModelConfig(depth, dim, num_heads, caption_channels=None, num_classes=1000)
 
 
-# PT-DiT: arXiv 2409.04005, table 4. DiT: arXiv 2212.09748, table 1, patch 2. PixArt-α: arXiv 2310.00426.
+# PT-DiT: arXiv 2409.04005, table 4. DiT: arXiv 2212.09748, table 1, patch 2. PixArt-α: arXiv
+# 2310.00426.
 PT_DIT = {
     "pt-dit-s-class": _classes(10, 288, 6),
     "pt-dit-b": ModelConfig(12, 640, 10),

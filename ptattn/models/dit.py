@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layers import SelfAttention, layer_norm
-from .blocks import AdaLNZero, ClassCondition, Condition, Mlp, Output, PatchEmbed, initialize_weights
+from .blocks import (
+    AdaLNZero,
+    ClassCondition,
+    Condition,
+    Mlp,
+    Output,
+    PatchEmbed,
+    initialize_weights,
+)
 from .configs import ModelConfig
 
 
@@ -43,7 +51,15 @@ class DiT(nn.Module):
         initialize_weights(self)
 
     def forward(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """Latents (B, 4, F, H, W) or (B, 4, H, W), timestep (B,), labels (B,) int64 -> 8 channels out.
+        """Predict from noisy latents, as `PTDiT.forward` does.
+
+        Args:
+            latents: (B, 4, F, H, W) for video or (B, 4, H, W), H and W multiples of the patch size.
+            timestep: (B,), 0 to 1000, one per sample.
+            labels: (B,) int64 in [0, num_classes]; num_classes is the null class.
+
+        Returns:
+            (B, 8, F, H, W) or (B, 8, H, W).
 
         Raises:
             ValueError: a shape other than these.

@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layers import CrossAttention, SelfAttention, ZeroLinear, layer_norm
-from .blocks import AdaLNSingle, Condition, Mlp, Output, PatchEmbed, TextCondition, initialize_weights
+from .blocks import (
+    AdaLNSingle,
+    Condition,
+    Mlp,
+    Output,
+    PatchEmbed,
+    TextCondition,
+    initialize_weights,
+)
 from .configs import ModelConfig
 
 
@@ -55,7 +63,16 @@ class PixArt(nn.Module):
         caption: Tensor,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
-        """Latents (B, 4, F, H, W) or (B, 4, H, W), timestep (B,), caption (B, T, C) -> 8 channels out.
+        """Predict from noisy latents, as `PTDiT.forward` does.
+
+        Args:
+            latents: (B, 4, F, H, W) for video or (B, 4, H, W), H and W multiples of the patch size.
+            timestep: (B,), 0 to 1000, one per sample.
+            caption: (B, T, caption_channels).
+            caption_mask: (B, T) bool, True at real tokens; None means all.
+
+        Returns:
+            (B, 8, F, H, W) or (B, 8, H, W).
 
         Raises:
             ValueError: a shape other than these.

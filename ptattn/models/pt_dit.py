@@ -1,8 +1,10 @@
-"""PT-DiT: the proxy-tokenized diffusion transformer (arXiv 2409.04005), for text or classes, images or video."""
+"""PT-DiT: the proxy-tokenized diffusion transformer (arXiv 2409.04005).
+
+One code path for text and classes, images and video.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid, default_window
@@ -24,17 +26,16 @@ from .configs import ModelConfig
 class PTDiTBlock(nn.Module):
     """Global interaction, texture complement, text cross-attention, MLP.
 
-    Text models modulate window attention, shifted-window attention and MLP by adaLN-single, the first two
-    from the same vector; class models modulate these and the proxy attention by adaLN-zero.
+    Text models modulate window attention, shifted-window attention and MLP by adaLN-single, the
+    first two from the same vector; class models modulate these and the proxy attention by
+    adaLN-zero.
     """
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
         dim, heads = config.dim, config.num_heads
         self.global_interaction = GlobalInteraction(dim, heads, backend=backend)
-        self.texture_complement = TextureComplement(
-            dim, heads, shift=config.shift, backend=backend
-        )
+        self.texture_complement = TextureComplement(dim, heads, shift=config.shift, backend=backend)
         self.mlp = Mlp(dim)
         self.text_attn: CrossAttention | None = None
         self.modulation: nn.Module

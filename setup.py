@@ -1,0 +1,56 @@
+"""What to install; pyproject.toml holds tool settings only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Read, not imported: the build environment has no torch.
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "ptattn/__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
+
+BENCH = ["rich", "matplotlib", "pytest-benchmark"]
+HUB = ["safetensors", "huggingface_hub"]
+
+setup(
+    name="ptattn",
+    version=VERSION,
+    description="Proxy-tokenized attention for diffusion transformers, on Triton and plain PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ is installed as ptattn.kernels: another package owns the top-level name.
+    packages=[
+        *find_packages(include=["ptattn", "ptattn.*"]),
+        "ptattn.kernels",
+        *(f"ptattn.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"ptattn.kernels": "kernels"},
+    package_data={"ptattn": ["py.typed"]},
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.6",
+        "einops>=0.7",
+        "triton>=3.2; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "bench": BENCH,
+        "hub": HUB,
+        "t2x": ["diffusers", "transformers", *HUB],
+        "train": ["accelerate"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "safetensors",
+            "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
+            "setuptools>=70.1",  # builds the wheel under test without network or `wheel`
+            *BENCH,
+        ],
+        "lint": ["ruff", "mypy", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["ptattn = ptattn.cli:main"]},
+)
