@@ -102,11 +102,14 @@ class WindowGrid:
         return (position + -self.shift[axis] % p) // p
 
     def segments(self, axis: int) -> tuple[Segment, ...]:
-        """The axis as first / interior / last runs of equal windows; empty runs are dropped."""
-        length, p, s = self.grid[axis], self.window[axis], self.shift[axis]
+        """The axis as first / interior / last runs of equal windows; empty runs are dropped.
+
+        These are a plan for one grid: torch.compile compiles anew where a grid gives another.
+        """
+        length, p, s = (int(t[axis]) for t in (self.grid, self.window, self.shift))
         first = min(s, length)
-        interior, last = divmod(length - first, p)
-        runs = (Segment(1, first), Segment(interior, p), Segment(1, last))
+        rest = length - first
+        runs = (Segment(1, first), Segment(rest // p, p), Segment(1, rest % p))
         return tuple(run for run in runs if run.length)
 
     def cuts(self, axis: int) -> tuple[int, ...]:
@@ -139,5 +142,7 @@ def default_window(grid: Sequence[int]) -> Triple:
     every aspect ratio of one resolution has one window. Source: arXiv 2409.04005.
     """
     f, h, w = _triple("grid", grid, 1, 1)
-    side = 2 ** max(1, round(math.log2(math.sqrt(h * w) / 8)))
+    side = 2
+    while h * w >= 128 * side**2:  # nearer to 16·side than to 8·side, as a ratio
+        side *= 2
     return (4 if f > 1 else 1, side, side)
