@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .geometry import Triple, WindowGrid, default_window
-from .models import DiT, ModelConfig, PixArt, PTDiT, list_models
+from .models import DiT, ModelConfig, PixArt, PTDiT, find_model
 from .models.blocks import TimestepEmbed
-from .models.configs import DIT, PIXART, PT_DIT
 
 VAE_FACTOR = 8  # image pixels per latent pixel
 LARGEST = 8192  # pixels a side that `crossover` looks up to
@@ -137,7 +136,7 @@ def attention_ratio(grid: Sequence[int], window: Sequence[int]) -> float:
         >>> attention_ratio((16, 16), (2, 2))
         0.34375
     """
-    windows = WindowGrid(grid, window)  # type: ignore[arg-type]
+    windows = WindowGrid(grid, window)
     n, m = windows.num_tokens, windows.num_windows
     return (m * m + n * m + 2 * windows.num_pairs) / n**2
 
@@ -187,8 +186,8 @@ def _cross_attention(dim: int, queries: int, keys: int) -> Part:
 
 def _proxy_tokenized(config: ModelConfig, grid: Triple) -> dict[str, Part]:
     """What one PT-DiT block has in place of self-attention."""
-    windows = WindowGrid(grid, config.window or default_window(grid))  # type: ignore[arg-type]
-    proxies = WindowGrid(grid, config.proxy_window or windows.window)  # type: ignore[arg-type]
+    windows = WindowGrid(grid, config.window or default_window(grid))
+    proxies = WindowGrid(grid, config.proxy_window or windows.window)
     shifted = windows.shifted() if config.shift else windows
     d, n, m = config.dim, windows.num_tokens, proxies.num_windows
     return {
@@ -242,20 +241,11 @@ def _as_printed(
 
 
 def _find(model: str | nn.Module) -> tuple[type[Model], ModelConfig]:
-    families: tuple[tuple[type[Model], dict[str, ModelConfig]], ...] = (
-        (PTDiT, PT_DIT),
-        (DiT, DIT),
-        (PixArt, PIXART),
-    )
-    for family, configs in families:
-        if isinstance(model, family):
-            return family, model.config
-        if isinstance(model, str) and model in configs:
-            return family, configs[model]
-    got = repr(model) if isinstance(model, str) else type(model).__name__
-    raise ValueError(
-        f"model must be a PTDiT, DiT or PixArt, or one of {', '.join(list_models())}; got {got}"
-    )
+    if isinstance(model, PTDiT | DiT | PixArt):
+        return type(model), model.config
+    if isinstance(model, str):
+        return find_model(model)
+    raise TypeError(f"model must be a name, or a PTDiT, DiT or PixArt; got {type(model).__name__}")
 
 
 def _is_positive(value: object) -> bool:

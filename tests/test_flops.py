@@ -187,7 +187,6 @@ def test_crossover() -> None:
     ("arguments", "message"),
     [
         ({"model": "dit-xxl"}, "one of pt-dit-s-class, .*; got 'dit-xxl'"),
-        ({"model": nn.Linear(2, 2)}, "must be a PTDiT, DiT or PixArt, .*; got Linear"),
         ({"convention": "half"}, "convention must be one of full, paper; got 'half'"),
         ({"resolution": 250}, "positive multiples of 16 pixels; got 250"),
         ({"resolution": (256, 264)}, r"positive multiples of 16 pixels; got \(256, 264\)"),
@@ -203,6 +202,11 @@ def test_crossover() -> None:
 def test_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         count(**{"model": "pt-dit-xl", "resolution": 256, **arguments})
+
+
+def test_other_modules_are_refused() -> None:
+    with pytest.raises(TypeError, match="a name, or a PTDiT, DiT or PixArt; got Linear"):
+        count(nn.Linear(2, 2), 256)
 
 
 def test_tables_in_the_docs_are_the_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,16 @@ from .dit import DiT
 from .pixart import PixArt
 from .pt_dit import PTDiT
 
-__all__ = ["DiT", "ModelConfig", "PTDiT", "PixArt", "create_model", "get_config", "list_models"]
+__all__ = [
+    "DiT",
+    "ModelConfig",
+    "PTDiT",
+    "PixArt",
+    "create_model",
+    "find_model",
+    "get_config",
+    "list_models",
+]
 
 _FAMILIES = ((PTDiT, PT_DIT), (DiT, DIT), (PixArt, PIXART))
 
@@ -22,7 +31,8 @@ def list_models() -> list[str]:
     return [name for _, configs in _FAMILIES for name in configs]
 
 
-def _find(name: str) -> tuple[type, ModelConfig]:
+def find_model(name: str) -> tuple[type[PTDiT | DiT | PixArt], ModelConfig]:
+    """The class and the configuration of a published model."""
     for family, configs in _FAMILIES:
         if name in configs:
             return family, configs[name]
@@ -31,7 +41,7 @@ def _find(name: str) -> tuple[type, ModelConfig]:
 
 def get_config(name: str) -> ModelConfig:
     """The configuration of a published model."""
-    return _find(name)[1]
+    return find_model(name)[1]
 
 
 def create_model(name: str, *, backend: str = "auto", **overrides: Any) -> nn.Module:
@@ -48,7 +58,7 @@ def create_model(name: str, *, backend: str = "auto", **overrides: Any) -> nn.Mo
     Example:
         >>> model = create_model("pt-dit-b", depth=2)
     """
-    family, config = _find(name)
+    family, config = find_model(name)
     known = [field.name for field in dataclasses.fields(config)]
     if unknown := sorted(set(overrides) - set(known)):
         raise ValueError(f"unknown overrides {', '.join(unknown)}; known: {', '.join(known)}")
