@@ -1,0 +1,117 @@
+"""`ptattn compare`: proxy-tokenized against full attention, counted and measured on this machine.
+
+`cases` says what is compared, `runner` measures it in the child process of `worker`, `report` joins
+the two, and `findings`, `tables` and `plots` show it. Only what shows things imports rich and
+matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .. import backends, environment
+from . import cases, findings, report, runner
+from .worker import DTYPES, Settings
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done here; the message says why."""
+
+
+def compare(options: argparse.Namespace, command: str) -> int:
+    """Measure, write and print; `options` as `ptattn.cli` parses them, `command` as it was typed.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UsageError: no rich or matplotlib, no such device, a backend that cannot run here, a folder
+            that cannot be written: nothing has been measured then.
+    """
+    _need("rich", "matplotlib")
+    from .progress import Progress
+
+    settings = _settings(options)
+    out = Path(options.out)
+    try:
+        report.check_writable(out)
+    except OSError as error:
+        raise UsageError(f"argument --out: cannot write to {options.out}: {error}") from None
+    begin, known = time.monotonic(), environment.describe()  # while the load is that of others
+    entries = cases.plan(options.models, [*options.sizes, *options.video])
+    with Progress(len({entry.block for entry in entries})) as progress:
+        result = runner.run(entries, settings, options.budget, progress)
+    if result.interrupted and not result.measured:
+        return 130  # and leave the results of an earlier run alone
+    rows = report.rows(entries, result)
+    done = report.Report(
+        rows=rows,
+        findings=findings.sentences(rows),
+        environment=known,
+        settings={**dataclasses.asdict(settings), "budget": options.budget},
+        command=command,
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        seconds=time.monotonic() - begin,
+        interrupted=result.interrupted,
+    )
+    failure = _write(done, out)
+    _print(done, options.out)
+    if failure is not None:
+        raise UsageError(f"could not write to {options.out}: {failure}")
+    return 130 if result.interrupted else 0
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UsageError(f"{error}; it comes with: pip install ptattn[bench]") from None
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise UsageError("argument --device: got cuda, but torch finds no CUDA GPU here")
+    device = "cuda" if cuda and options.device != "cpu" else "cpu"
+    sample = torch.empty(1, device=device, dtype=DTYPES[options.dtype])
+    try:
+        backends.resolve(options.backend, sample)
+    except RuntimeError as error:
+        raise UsageError(f"argument --backend: {error}") from None
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)  # here for the record; each child does the same
+    return Settings(device, options.dtype, options.backend, torch.get_num_threads())
+
+
+def _write(done: report.Report, out: Path) -> OSError | None:
+    from . import plots, tables
+
+    try:
+        report.write(out / "compare.json", done.to_json())
+        report.write(out / "compare.md", tables.markdown(done))
+        report.write(out / "gflops.png", plots.gflops(done))
+        report.write(out / "latency.png", plots.latency(done))
+    except OSError as error:
+        return error
+    return None
+
+
+def _print(done: report.Report, out: str) -> None:
+    from rich.console import Console
+
+    from . import tables
+
+    # A file or a pipe has no width of its own, and is best read whole.
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if known else 160)
+    tables.show(done, console, f"{out}/ ({', '.join(report.FILES)})")

@@ -1,0 +1,145 @@
+"""What is compared: models at sizes, and the blocks that have to be measured for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import flops
+from ..geometry import Triple, WindowGrid, default_window
+from ..models import ModelConfig, create_model, get_config
+from ..models.configs import DIT, PIXART, PT_DIT
+
+TEXT_TOKENS = 120
+MODELS = ("pt-dit-xl", "dit-xl", "pixart-alpha", "pt-dit-l")
+SIZES = (256, 512, 1024, 2048)  # image pixels a side
+VIDEOS = ((48, 256), (48, 512))  # latent frames, pixels a side
+
+# A multiply-add of attention products takes about as long as three of a linear layer.
+PRODUCT_COST = 3
+# Tensors of (N, D) alive at once in a block's forward, most of them the MLP's hidden layer, twice.
+LIVE_TENSORS = 20
+
+_NAMES = {
+    "pt-dit-s-class": "PT-DiT/S-Class",
+    "pt-dit-b": "PT-DiT/B",
+    "pt-dit-l": "PT-DiT/L",
+    "pt-dit-xl": "PT-DiT/XL",
+    "pt-dit-h": "PT-DiT/H",
+    "qihoo-t2i": "Qihoo-T2I",
+    "dit-s": "DiT/S",
+    "dit-b": "DiT/B",
+    "dit-l": "DiT/L",
+    "dit-xl": "DiT/XL",
+    "pixart-alpha": "PixArt-α",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A square image, or a video of `frames` latent frames, `side` pixels wide and high."""
+
+    side: int
+    frames: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.side} px" if self.frames == 1 else f"{self.frames}×{self.side} px"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block on one token grid: what one measurement is of.
+
+    Blocks that do the same work are equal, whichever models they come from: `config` has depth 1
+    and the window that the model chooses for the grid.
+    """
+
+    family: str  # "PT-DiT", "DiT" or "PixArt"
+    config: ModelConfig
+    grid: Triple
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    def memory(self, dtype: torch.dtype, backend: str) -> int:
+        """About how many bytes measuring it takes: weights (at most 24·D²) and activations."""
+        dim, tokens = self.config.dim, self.tokens
+        values = 24 * dim**2 + LIVE_TENSORS * tokens * dim
+        if backend != "reference":
+            return values * dtype.itemsize
+        keys = tokens
+        if self.config.proxy_window is not None:
+            proxies = WindowGrid(self.grid, self.config.proxy_window)
+            keys = max(proxies.num_windows, TEXT_TOKENS)
+        # The reference computes in float32 and holds the scores of all heads three times over.
+        return 4 * (values + 3 * self.config.num_heads * tokens * keys)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison: a model at a size."""
+
+    model: str
+    size: Size
+    block: Block
+    parameters: int
+    full: flops.Count
+    paper: flops.Count
+
+    @property
+    def name(self) -> str:
+        return _NAMES.get(self.model, self.model)
+
+    @property
+    def depth(self) -> int:
+        return get_config(self.model).depth
+
+    @property
+    def is_proxy_tokenized(self) -> bool:
+        return self.block.family == "PT-DiT"
+
+    @property
+    def cost(self) -> float:
+        """What one block's time is predicted from: multiply-adds, those of attention weighted."""
+        return (self.full.linear + PRODUCT_COST * self.full.products) / self.depth
+
+
+def plan(models: Sequence[str], sizes: Sequence[Size]) -> list[Entry]:
+    """Every model at every size, as the table lists them: images, then videos, smallest first."""
+    parameters = {model: _parameters(model) for model in models}
+    ordered = sorted(set(sizes), key=lambda size: (size.frames, size.side))
+    return [_entry(model, size, parameters[model]) for size in ordered for model in parameters]
+
+
+def _entry(model: str, size: Size, parameters: int) -> Entry:
+    full, paper = (
+        flops.count(model, size.side, size.frames, text_tokens=TEXT_TOKENS, convention=convention)
+        for convention in ("full", "paper")
+    )
+    return Entry(model, size, _block(model, size), parameters, full, paper)
+
+
+def _block(model: str, size: Size) -> Block:
+    config = get_config(model)
+    grid = flops.token_grid(config, size.side, size.frames)
+    window = proxy_window = None
+    if model in PT_DIT:
+        window = tuple(config.window or default_window(grid))
+        proxy_window = tuple(config.proxy_window or window)
+    config = dataclasses.replace(config, depth=1, window=window, proxy_window=proxy_window)
+    (family,) = (
+        name
+        for name, configs in (("PT-DiT", PT_DIT), ("DiT", DIT), ("PixArt", PIXART))
+        if model in configs
+    )
+    return Block(family, config, grid)
+
+
+def _parameters(model: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in create_model(model).parameters())
