@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .geometry import Triple, WindowGrid, default_window
+from .geometry import Triple, WindowGrid
 from .models import DiT, ModelConfig, PixArt, PTDiT, find_model
 from .models.blocks import TimestepEmbed
 
@@ -186,8 +186,7 @@ def _cross_attention(dim: int, queries: int, keys: int) -> Part:
 
 def _proxy_tokenized(config: ModelConfig, grid: Triple) -> dict[str, Part]:
     """What one PT-DiT block has in place of self-attention."""
-    windows = WindowGrid(grid, config.window or default_window(grid))
-    proxies = WindowGrid(grid, config.proxy_window or windows.window)
+    proxies, windows = config.window_grids(grid)
     shifted = windows.shifted() if config.shift else windows
     d, n, m = config.dim, windows.num_tokens, proxies.num_windows
     return {

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import flops
-from ..geometry import Triple, WindowGrid, default_window
-from ..models import ModelConfig, create_model, get_config
-from ..models.configs import DIT, PIXART, PT_DIT
+from ..geometry import Triple
+from ..models import DiT, ModelConfig, PixArt, PTDiT, create_model, find_model, get_config
 
 TEXT_TOKENS = 120
 MODELS = ("pt-dit-xl", "dit-xl", "pixart-alpha", "pt-dit-l")
@@ -24,6 +23,7 @@ PRODUCT_COST = 3
 # Tensors of (N, D) alive at once in a block's forward, most of them the MLP's hidden layer, twice.
 LIVE_TENSORS = 20
 
+_FAMILIES = {PTDiT: "PT-DiT", DiT: "DiT", PixArt: "PixArt"}
 _NAMES = {
     "pt-dit-s-class": "PT-DiT/S-Class",
     "pt-dit-b": "PT-DiT/B",
@@ -73,8 +73,8 @@ class Block:
         if backend != "reference":
             return values * dtype.itemsize
         keys = tokens
-        if self.config.proxy_window is not None:
-            proxies = WindowGrid(self.grid, self.config.proxy_window)
+        if self.family == "PT-DiT":
+            proxies, _ = self.config.window_grids(self.grid)
             keys = max(proxies.num_windows, TEXT_TOKENS)
         # The reference computes in float32 and holds the scores of all heads three times over.
         return 4 * (values + 3 * self.config.num_heads * tokens * keys)
@@ -125,19 +125,13 @@ def _entry(model: str, size: Size, parameters: int) -> Entry:
 
 
 def _block(model: str, size: Size) -> Block:
-    config = get_config(model)
+    family, config = find_model(model)
+    config = dataclasses.replace(config, depth=1)
     grid = flops.token_grid(config, size.side, size.frames)
-    window = proxy_window = None
-    if model in PT_DIT:
-        window = tuple(config.window or default_window(grid))
-        proxy_window = tuple(config.proxy_window or window)
-    config = dataclasses.replace(config, depth=1, window=window, proxy_window=proxy_window)
-    (family,) = (
-        name
-        for name, configs in (("PT-DiT", PT_DIT), ("DiT", DIT), ("PixArt", PIXART))
-        if model in configs
-    )
-    return Block(family, config, grid)
+    if family is PTDiT:
+        proxies, windows = config.window_grids(grid)
+        config = dataclasses.replace(config, window=windows.window, proxy_window=proxies.window)
+    return Block(_FAMILIES[family], config, grid)
 
 
 def _parameters(model: str) -> int:

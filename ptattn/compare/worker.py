@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..geometry import WindowGrid
 from ..models.blocks import Condition
 from ..models.dit import DiTBlock
 from ..models.pixart import PixArtBlock
@@ -94,9 +93,7 @@ def build(block: Block, settings: Settings) -> Callable[[], Tensor]:
     )
     x = torch.randn(1, block.tokens, dim, **options)
     if block.family == "PT-DiT":
-        windows, proxies = (
-            WindowGrid(block.grid, window) for window in (config.window, config.proxy_window)
-        )
+        proxies, windows = config.window_grids(block.grid)
         return lambda: module(x, proxies, windows, condition)
     return lambda: module(x, condition)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..geometry import WindowGrid, default_window
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -51,6 +53,11 @@ class ModelConfig:
             raise ValueError(
                 f"dim must be a multiple of 16 and of num_heads; got {self.dim}, {self.num_heads}"
             )
+
+    def window_grids(self, grid: Sequence[int]) -> tuple[WindowGrid, WindowGrid]:
+        """The windows of proxies and of attention that a PT-DiT uses on a token grid."""
+        windows = WindowGrid(grid, self.window or default_window(grid))
+        return WindowGrid(grid, self.proxy_window or windows.window), windows
 
 
 def _classes(depth: int, dim: int, num_heads: int) -> ModelConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..geometry import WindowGrid, default_window
+from ..geometry import WindowGrid
 from ..layers import CrossAttention, GlobalInteraction, TextureComplement, ZeroLinear, layer_norm
 from .blocks import (
     AdaLNSingle,
@@ -109,8 +109,7 @@ class PTDiT(nn.Module):
         """
         condition = self.condition(timestep, caption, caption_mask, labels)
         x, grid = self.patch_embed(latents)
-        windows = WindowGrid(grid, self.config.window or default_window(grid))
-        proxies = WindowGrid(grid, self.config.proxy_window or windows.window)
+        proxies, windows = self.config.window_grids(grid)
         for block in self.blocks:
             x = block(x, proxies, windows, condition)
         x = self.output(x, grid, condition.embedding)
