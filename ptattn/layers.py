@@ -239,7 +239,8 @@ class ProxyAttention(nn.Module):
         super().__init__()
         self.dim = dim
         self.window = WindowGrid((1, 1), window).window
-        self.proxy_window = WindowGrid((1, 1), proxy_window or window).window
+        proxy_window = window if proxy_window is None else proxy_window
+        self.proxy_window = WindowGrid((1, 1), proxy_window).window
         self.grid = None if grid is None else WindowGrid(grid, self.window).grid
         options: dict[str, Any] = dict(
             qkv_bias=qkv_bias, backend=backend, device=device, dtype=dtype
@@ -279,7 +280,8 @@ class ProxyAttention(nn.Module):
                 raise ValueError("x is (B, N, C): give its grid, (f, h, w) or (h, w)")
             return found
         own = tuple(x.shape[1:-1])
-        if grid is not None and tuple(grid) not in (own, (1, *own)):
+        windows = WindowGrid(own, self.window)
+        if grid is not None and WindowGrid(grid, self.window).grid != windows.grid:
             raise ValueError(f"x has grid {own} by its shape {tuple(x.shape)}; got grid {grid}")
         return own
 

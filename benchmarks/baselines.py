@@ -1,0 +1,250 @@
+"""What ptattn is measured against: the released block's way, a peer's block, and the time floor.
+
+`RollMaskBlock` computes what `ptattn.models.pt_dit.PTDiTBlock` computes, the way the released
+inference code and Swin-type code do; tests/test_baselines.py holds the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ptattn.geometry import WindowGrid
+from ptattn.models.blocks import Condition
+from ptattn.models.pixart import PixArtBlock
+from ptattn.models.pt_dit import PTDiTBlock
+
+EPS = 1e-6
+
+
+def _sizes(windows: WindowGrid) -> dict[str, int]:
+    if any(n % p for n, p in zip(windows.grid, windows.window, strict=True)):
+        raise ValueError(f"roll-and-mask needs window {windows.window} to divide {windows.grid}")
+    counts = (n // p for n, p in zip(windows.grid, windows.window, strict=True))
+    return dict(zip(("F", "H", "W", "x", "y", "z"), (*counts, *windows.window), strict=True))
+
+
+def partition(x: Tensor, windows: WindowGrid) -> Tensor:
+    """Raster (B, N, ...) -> windows (B·W, w, ...), by a copy; the window's shift is not applied."""
+    x = x.unflatten(1, windows.grid)
+    return rearrange(
+        x, "b (F x) (H y) (W z) ... -> (b F H W) (x y z) ...", **_sizes(windows)
+    ).contiguous()
+
+
+def reverse(x: Tensor, windows: WindowGrid) -> Tensor:
+    """Windows (B·W, w, ...) -> raster (B, N, ...), by a copy."""
+    cut = "(b F H W) (x y z) ... -> b (F x H y W z) ..."
+    return rearrange(x, cut, **_sizes(windows)).contiguous()
+
+
+def roll(x: Tensor, windows: WindowGrid, back: bool = False) -> Tensor:
+    """Roll a raster (B, N, ...) by -shift, or back."""
+    shifts = [s if back else -s for s in windows.shift]
+    return torch.roll(x.unflatten(1, windows.grid), shifts, (1, 2, 3)).flatten(1, 3)
+
+
+def region_mask(windows: WindowGrid, dtype: torch.dtype) -> Tensor:
+    """Additive (W, w, w): -inf between tokens that only the roll made neighbours."""
+    label = torch.zeros(1, dtype=torch.int64)
+    for n, p, s in zip(windows.grid, windows.window, windows.shift, strict=True):
+        at = torch.arange(n)
+        # Only the last window wraps: its far part comes from the start of the axis.
+        own = (at >= n - p).long() + (at >= n - s).long()
+        label = (label[:, None] * 3 + own).flatten()
+    label = partition(label[None, :, None], windows)[..., 0]
+    apart = label[:, None, :] != label[:, :, None]
+    return torch.zeros(apart.shape, dtype=dtype).masked_fill(apart, float("-inf"))
+
+
+def roll_mask_attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, mask: Tensor | None
+) -> Tensor:
+    """Window attention on (B, N, H, D) by roll, partition, mask, reverse and roll back."""
+    shifted = any(windows.shift)
+    if shifted:
+        q, k, v = (roll(t, windows) for t in (q, k, v))
+    q, k, v = (partition(t, windows).transpose(1, 2) for t in (q, k, v))
+    bias = None if mask is None else _per_window(mask, q.shape[0])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+    out = reverse(out, windows)
+    return roll(out, windows, back=True) if shifted else out
+
+
+def _per_window(mask: Tensor, rows: int) -> Tensor:
+    """(W, w, w) for every sample, broadcast over heads: (B·W, 1, w, w)."""
+    return mask.repeat(rows // mask.shape[0], 1, 1)[:, None]
+
+
+class _Attention(nn.Module):
+    """Separate q, k, v and out layers around torch's scaled_dot_product_attention."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)
+        k = self.k(context).unflatten(-1, heads).transpose(1, 2)
+        v = self.v(context).unflatten(-1, heads).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class RollMaskBlock(nn.Module):
+    """A text-conditional PT-DiT block in eager torch, as the authors released it for NPUs.
+
+    Tokens stay in windows, (B·W, w, D), from block to block, so that plain window attention copies
+    nothing; the shifted one goes back to the raster, rolls, partitions, and all of it back. Kinder
+    than the release in two ways: the mask is broadcast over heads, not repeated, and its entries
+    are -inf, not -1.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        names = ("proxy", "cross", "window", "shifted", "text")
+        self.attn = nn.ModuleDict({name: _Attention(dim, num_heads) for name in names})
+        self.zero_cross, self.zero_shifted = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.act = nn.GELU("tanh")
+        self.table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.shifted_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        windows: WindowGrid,
+        vector: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """x (B·W, w, D), vector (B, 6D), text_mask (B, T) bool, mask (W, w, w) of the shift."""
+        batch = text.shape[0]
+        vectors = vector.unflatten(-1, (6, -1)).repeat_interleave(x.shape[0] // batch, dim=0)
+        shift, scale, gate, shift2, scale2, gate2 = (self.table + vectors).chunk(6, dim=1)
+        shift1, scale1, gate1 = (self.shifted_table + vectors[:, :3]).chunk(3, dim=1)
+
+        proxies = x.mean(1).unflatten(0, (batch, -1))
+        normed = self.norm(proxies)
+        proxies = self.attn["proxy"](normed, normed) + proxies
+
+        y = self.norm(x.view(batch, -1, x.shape[-1]))
+        y = self.attn["cross"](y, self.norm(proxies)).view(x.shape)
+        x = x + self.zero_cross(y)
+
+        y = self.norm(x) * (1 + scale) + shift
+        x = gate * self.attn["window"](y, y) + x
+
+        y = partition(roll(reverse(x, windows), windows), windows)
+        y = self.norm(y) * (1 + scale1) + shift1
+        y = self.attn["shifted"](y, y, _per_window(mask, x.shape[0]))
+        y = partition(roll(reverse(y, windows), windows, back=True), windows)
+        x = self.zero_shifted(gate1 * y) + x
+
+        flat = x.view(batch, -1, x.shape[-1])
+        x = (self.attn["text"](flat, text, text_mask[:, None, None]) + flat).view(x.shape)
+
+        y = self.norm(x) * (1 + scale2) + shift2
+        return gate2 * self.down(self.act(self.up(y))) + x
+
+    @torch.no_grad()
+    def copy_weights(self, block: PTDiTBlock) -> RollMaskBlock:
+        """Take the weights of our text-conditional block."""
+        giim, tcm = block.global_interaction, block.texture_complement
+        sources = (giim.proxy_attn, giim.cross_attn, tcm.window_attn, tcm.shifted_attn)
+        pairs = zip(self.attn.values(), (*sources, block.text_attn), strict=True)
+        for own, theirs in pairs:
+            packed = (theirs.qkv,) if hasattr(theirs, "qkv") else (theirs.q, theirs.kv)
+            for name in ("weight", "bias"):
+                q, k, v = torch.cat([getattr(layer, name) for layer in packed]).chunk(3)
+                for letter, part in zip("qkv", (q, k, v), strict=True):
+                    getattr(getattr(own, letter), name).copy_(part)
+            own.out.load_state_dict(theirs.proj.state_dict())
+        self.zero_cross.load_state_dict(giim.zero.state_dict())
+        self.zero_shifted.load_state_dict(tcm.zero.state_dict())
+        self.up.load_state_dict(block.mlp[0].state_dict())
+        self.down.load_state_dict(block.mlp[2].state_dict())
+        window, mlp, shifted = block.modulation.table
+        self.table.copy_(torch.cat([window, mlp]))
+        self.shifted_table.copy_(shifted)
+        return self
+
+
+def gemms_21(n: int, dim: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The time floor of a block: its 21 D x D products over N tokens, and nothing else."""
+    x = torch.randn(n, dim, dtype=dtype)
+    weights = [torch.randn(dim, dim, dtype=dtype) / dim**0.5 for _ in range(21)]
+
+    def run() -> Tensor:
+        for weight in weights:
+            y = F.linear(x, weight)
+        return y
+
+    return run
+
+
+class DiffusersPixArtBlock(nn.Module):
+    """diffusers' PixArt block behind the call of ours.
+
+    Raises:
+        ImportError: diffusers is not installed (`pip install ptattn[t2x]`).
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        try:
+            from diffusers.models.attention import BasicTransformerBlock
+        except ImportError as error:
+            raise ImportError("this baseline needs diffusers: pip install ptattn[t2x]") from error
+        self.block = BasicTransformerBlock(
+            dim,
+            num_heads,
+            dim // num_heads,
+            cross_attention_dim=dim,
+            activation_fn="gelu-approximate",
+            attention_bias=True,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=EPS,
+        )
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        # The additive form that diffusers' own model makes of a mask.
+        bias = (1 - condition.text_mask.to(x.dtype))[:, None] * -10000.0
+        return self.block(
+            x,
+            encoder_hidden_states=condition.text,
+            encoder_attention_mask=bias,
+            timestep=condition.modulation,
+        )
+
+    @torch.no_grad()
+    def copy_weights(self, block: PixArtBlock) -> DiffusersPixArtBlock:
+        """Take the weights of our PixArt block."""
+        peer = self.block
+        attn, text, mlp = block.attn, block.text_attn, block.mlp
+        pairs = [(peer.attn1.to_out[0], attn.proj), (peer.attn2.to_out[0], text.proj)]
+        pairs += [
+            (peer.ff.net[0].proj, mlp[0]),
+            (peer.ff.net[2], mlp[2]),
+            (peer.attn2.to_q, text.q),
+        ]
+        for own, theirs in pairs:
+            own.load_state_dict(theirs.state_dict())
+        for name in ("weight", "bias"):
+            packed = getattr(attn.qkv, name).chunk(3), getattr(text.kv, name).chunk(2)
+            owns = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
+            for layer, letters, parts in zip((peer.attn1, peer.attn2), owns, packed, strict=True):
+                for letter, part in zip(letters, parts, strict=True):
+                    getattr(getattr(layer, letter), name).copy_(part)
+        peer.scale_shift_table.copy_(block.modulation.table.flatten(0, 1))
+        return self
