@@ -36,10 +36,13 @@ class Modulation(NamedTuple):
 
 def layer_norm(x: Tensor, modulation: Sequence[Tensor] | None = None) -> Tensor:
     """LayerNorm without affine parameters, then · (1 + scale) + shift of (shift, scale, ...)."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    channels = x.shape[-1:]
     if modulation is None:
-        return normed
+        return F.layer_norm(x, channels, eps=NORM_EPS)
     shift, scale = modulation[:2]
+    if x.shape[0] == 1:  # one sample's modulation is an affine norm: one pass less
+        return F.layer_norm(x, channels, 1 + scale[0], shift[0], NORM_EPS)
+    normed = F.layer_norm(x, channels, eps=NORM_EPS)
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 

@@ -26,10 +26,10 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     if key_mask is None:
         return _sdpa(q, k, v, scale)
-    # A sample without a key attends to all of them and is then zeroed: softmax over nothing is NaN.
+    # Softmax over nothing is NaN: a sample without a key attends to all of them, with zero values.
     has_key = key_mask.any(dim=1)[:, None]
-    out = _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :])
-    return torch.where(has_key[..., None, None], out, 0)
+    v = torch.where(has_key[..., None, None], v, 0)
+    return _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :])
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:
