@@ -26,9 +26,9 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     if key_mask is None:
         return _sdpa(q, k, v, scale)
-    # Softmax over nothing is NaN: a sample without a key attends to all of them, with zero values.
+    # Softmax over nothing is NaN: a sample without a key attends to all of them, made zero.
     has_key = key_mask.any(dim=1)[:, None]
-    v = torch.where(has_key[..., None, None], v, 0)
+    k, v = (torch.where(has_key[..., None, None], t, 0) for t in (k, v))
     return _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :])
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis profiles, one thread per worker, one seed per test."""
+"""Hypothesis profiles, one thread, one seed per test."""
 
 import os
 
@@ -12,8 +12,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_configure():
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already
-        torch.set_num_threads(1)
+    # Tensors here are small, and workers fill the cores: threads would only wait for one another.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -107,19 +107,21 @@ def modulation(batch):
 
 
 @each_grid
-def test_modulated_global_interaction(grid):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_modulated_global_interaction(batch, grid):
     windows = WindowGrid(grid, (2, 3))
     half = wake(GlobalInteraction(DIM, HEADS, dtype=torch.float64))
-    x, m = tokens(2, windows.num_tokens), modulation(2)
+    x, m = tokens(batch, windows.num_tokens), modulation(batch)
     assert_same_math(half(x, windows, m), global_interaction(half, x, windows, m))
 
 
 @each_grid
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("shift", [True, False], ids=["shifted", "unshifted"])
-def test_modulated_texture_complement(shift, grid):
+def test_modulated_texture_complement(shift, batch, grid):
     windows = WindowGrid(grid, (2, 3))
     half = wake(TextureComplement(DIM, HEADS, shift=shift, dtype=torch.float64))
-    x, m = tokens(2, windows.num_tokens), (modulation(2), modulation(2))
+    x, m = tokens(batch, windows.num_tokens), (modulation(batch), modulation(batch))
     assert_same_math(half(x, windows, m), texture_complement(half, x, windows, m))
 
 

@@ -198,8 +198,10 @@ def test_attention_layouts(layout, dtype):
 
 @each("dtype", DTYPES)
 def test_no_key_at_all(dtype):
-    """A sample without a key gives exact zeros, and takes and gives none of the gradient."""
-    q, k, v = (normal((2, n, 3, 16), dtype).requires_grad_() for n in (5, 7, 7))
+    """A sample without a key gives zeros and takes no gradient, whatever its k and v hold."""
+    q, k, v = (normal((2, n, 3, 16), dtype) for n in (5, 7, 7))
+    k[0], v[0] = math.inf, math.nan
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
     mask = torch.tensor([[False] * 7, [True] * 7])
     out = ptattn.attention(q, k, v, key_mask=mask, backend="sdpa")
     grads = torch.autograd.grad(out, (q, k, v), normal(out.shape, dtype))
@@ -226,7 +228,7 @@ def test_window_of_one_token(dtype):
     assert (dk.abs() <= sums * q.abs()).all(), "dk"
 
 
-@pytest.mark.xfail(strict=True, reason="torch's CPU flash kernel gives zeros for some NaN rows")
+@pytest.mark.xfail(strict=False, reason="torch's CPU flash kernel gives zeros for some NaN rows")
 @each("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_bad_number_is_not_lost(bad, dtype):
@@ -234,7 +236,7 @@ def test_bad_number_is_not_lost(bad, dtype):
 
     Torch's CPU flash kernel takes a row whose scores are NaN for one without keys and gives zeros:
     for NaN with fewer keys than a vector register holds, in half precision also for infinities.
-    docs/NUMERICS.md says so; this test tells when torch has mended it.
+    docs/NUMERICS.md says so. Which rows depends on the CPU, so a pass is no failure.
     """
     for side in (1, 2, 8):
         for which in range(3):
