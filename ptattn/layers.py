@@ -19,7 +19,7 @@ NORM_EPS = 1e-6
 
 
 class Modulation(NamedTuple):
-    """One sample's adaptive layer norm: shift, scale and gate, each (B, C)."""
+    """Adaptive layer norm: shift, scale and gate of every sample, each (B, C)."""
 
     shift: Tensor
     scale: Tensor
