@@ -6,7 +6,7 @@ Every module here returns what its host adds to the residual stream, and holds i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,10 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with one packed projection: dense, or within windows of a grid."""
+class _Attention(nn.Module):
+    """What both attentions hold: INPUTS, each packing that many projections, and `proj`."""
+
+    INPUTS: ClassVar[dict[str, int]]
 
     def __init__(
         self,
@@ -72,8 +74,17 @@ class SelfAttention(nn.Module):
         _check_heads(dim, num_heads)
         backends.check(backend)
         self.num_heads, self.head_dim, self.backend = num_heads, dim // num_heads, backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        for name, count in self.INPUTS.items():
+            linear = nn.Linear(dim, count * dim, bias=qkv_bias, device=device, dtype=dtype)
+            self.add_module(name, linear)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+
+class SelfAttention(_Attention):
+    """Multi-head self-attention with one packed projection: dense, or within windows of a grid."""
+
+    INPUTS: ClassVar[dict[str, int]] = {"qkv": 3}
+    qkv: nn.Linear
 
     def forward(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C), dense or within `windows`."""
@@ -86,26 +97,12 @@ class SelfAttention(nn.Module):
         return self.proj(out.flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Attention):
     """Multi-head attention from one sequence to another; keys and values share one projection."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        qkv_bias: bool = True,
-        backend: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check_heads(dim, num_heads)
-        backends.check(backend)
-        self.num_heads, self.head_dim, self.backend = num_heads, dim // num_heads, backend
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+    INPUTS: ClassVar[dict[str, int]] = {"q": 1, "kv": 2}
+    q: nn.Linear
+    kv: nn.Linear
 
     def forward(self, x: Tensor, context: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) attending to (B, M, C), where `key_mask` (B, M) is True -> (B, N, C)."""
