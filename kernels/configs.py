@@ -1,0 +1,41 @@
+"""Tile sizes, warps and pipeline stages of every kernel, read from configs.json: their one place.
+
+The file maps architecture -> kernel -> entries. The first entry whose bounds hold is taken:
+`bytes` is the size of an element, `channels` the width of the tiles that hold the head dim, `keys`
+that of the tile of a few keys. "default" serves every architecture and kernel that has no own
+entries. `python -m benchmarks.gpu --tune` writes entries for the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+PATH = Path(__file__).with_name("configs.json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows` of queries and `keys` per block, where the kernel has a choice."""
+
+    warps: int
+    stages: int = 1
+    rows: int = 64
+    keys: int = 64
+
+
+@functools.cache
+def table() -> dict[str, dict[str, list[dict[str, int]]]]:
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def find(kernel: str, arch: str, **sizes: int) -> Config:
+    """The configuration of a kernel on an architecture such as "sm90"."""
+    entries = table().get(arch, {}).get(kernel) or table()["default"][kernel]
+    for entry in entries:
+        if all(size <= entry.get(f"max_{name}", size) for name, size in sizes.items()):
+            return Config(**{k: v for k, v in entry.items() if not k.startswith("max_")})
+    raise LookupError(f"configs.json has no entry for {kernel} on {arch} with {sizes}")

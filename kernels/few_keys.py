@@ -1,0 +1,136 @@
+"""Dense attention to at most 128 keys, such as the proxies of an image: all keys stay on chip.
+
+A program owns all keys of one head and walks over some of its queries, so that a row's softmax is
+one pass, and the backward one kernel. It keeps the gradients of keys and values in registers and
+writes them once per program; where several programs share a head's queries, `reduce.sum_splits`
+adds up their parts in a fixed order. Nothing is kept from the forward but q, k and v.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import (
+    LOG2E,
+    accumulate,
+    head_offset,
+    load_rows,
+    outer,
+    product,
+    softmax_gradient,
+    softmax_rows,
+    store_rows,
+    zeros,
+)
+
+RUNTIME = (
+    *(f"{x}_{axis}" for x in ("q", "k", "v") for axis in "bnh"),
+    *("queries", "keys", "heads", "splits", "scale"),
+)
+
+
+@triton.jit
+def _place(queries, heads, splits, ROWS: tl.constexpr):
+    """This program's sample, head and split, and its first and last-but-one query."""
+    head = tl.program_id(0) % heads
+    split = tl.program_id(0) // heads % splits
+    batch = tl.program_id(0) // heads // splits
+    share = tl.cdiv(tl.cdiv(queries, ROWS), splits) * ROWS
+    return batch, head, split, split * share, tl.minimum((split + 1) * share, queries)
+
+
+@triton.jit
+def _present(mask, batch, keys, KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """Number of every key of the tile, whether there is one, and whether it may be attended to."""
+    key = tl.arange(0, KEYS)
+    exists = key < keys
+    if MASKED:
+        row = mask + batch.to(tl.int64) * keys
+        return key, exists, exists & (tl.load(row + key, mask=exists, other=0) != 0)
+    else:
+        return key, exists, exists
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def few_keys_forward(
+    q, k, v, mask, out,
+    q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
+    k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
+    queries, keys, heads, splits, scale,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale · q kᵀ) v; mask (B, M) bytes, out (B, N, H, D), both contiguous."""
+    OUT: tl.constexpr = D & -D
+    batch, head, _split, first, last = _place(queries, heads, splits, ROWS)
+    key, _exists, present = _present(mask, batch, keys, KEYS, MASKED)
+    q += head_offset(batch, head, q_b, q_h, ALIGN)
+    k += head_offset(batch, head, k_b, k_h, ALIGN)
+    v += head_offset(batch, head, v_b, v_h, ALIGN)
+    out += head_offset(batch, head, queries * heads.to(tl.int64) * D, D, OUT)
+    k0, k1 = load_rows(k, key, k_n, present, D, D0, D1, ALIGN)
+    v0, v1 = load_rows(v, key, v_n, present, D, D0, D1, ALIGN)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < last
+        q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
+        s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
+        p, total = softmax_rows(s, present[None, :])
+        o0, o1 = product(p, v0, v1, D1, PRECISION)
+        o0, o1 = o0 / total[:, None], o1 / total[:, None]
+        store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
+
+
+@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h"))
+def few_keys_backward(
+    q, k, v, mask, g, dq, dk, dv,
+    q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
+    k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
+    g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
+    queries, keys, heads, splits, scale,
+    NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `few_keys_forward`, g being that of out; see `window_backward` for the math.
+
+    dq (B, N, H, D), dk and dv (B, splits, M, H, D), all contiguous.
+    """
+    OUT: tl.constexpr = D & -D
+    batch, head, split, first, last = _place(queries, heads, splits, ROWS)
+    key, exists, present = _present(mask, batch, keys, KEYS, MASKED)
+    q += head_offset(batch, head, q_b, q_h, ALIGN)
+    k += head_offset(batch, head, k_b, k_h, ALIGN)
+    v += head_offset(batch, head, v_b, v_h, ALIGN)
+    g += head_offset(batch, head, g_b, g_h, ALIGN)
+    dq += head_offset(batch, head, queries * heads.to(tl.int64) * D, D, OUT)
+    k0, k1 = load_rows(k, key, k_n, present, D, D0, D1, ALIGN)
+    v0, v1 = load_rows(v, key, v_n, present, D, D0, D1, ALIGN)
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    dk0, dk1 = zeros(KEYS, D0, D1, ACC)
+    dv0, dv1 = zeros(KEYS, D0, D1, ACC)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < last
+        q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
+        g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
+        s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
+        p, total = softmax_rows(s, valid[:, None] & present[None, :])
+        p /= total[:, None]
+        if NEED_V:
+            dv0, dv1 = accumulate(tl.trans(p), g0, g1, dv0, dv1, D1, PRECISION)
+        if NEED_Q or NEED_K:
+            ds = softmax_gradient(p, outer(g0, g1, v0, v1, D1, PRECISION)) * scale
+            if NEED_Q:
+                x0, x1 = product(ds, k0, k1, D1, PRECISION)
+                store_rows(dq, row, heads * D, valid, x0, x1, D, D0, D1, OUT)
+            if NEED_K:
+                dk0, dk1 = accumulate(tl.trans(ds), q0, q1, dk0, dk1, D1, PRECISION)
+    own = head_offset(batch * splits + split, head, keys * heads.to(tl.int64) * D, D, OUT)
+    if NEED_K:
+        store_rows(dk + own, key, heads * D, exists, dk0, dk1, D, D0, D1, OUT)
+    if NEED_V:
+        store_rows(dv + own, key, heads * D, exists, dv0, dv1, D, D0, D1, OUT)

@@ -1,0 +1,156 @@
+"""Attention within windows of at most 64 tokens: several windows share one tile of rows.
+
+A tile of ROWS rows holds ROWS // SLOTS windows, each in SLOTS rows, the power of two that holds the
+largest window; scores between two windows are masked. A program owns whole windows, so it needs
+neither atomics nor anything from the forward but q, k and v: the backward computes the softmax of
+its whole rows anew. The rows of a tile are the tokens of windows as they are cut from the grid:
+nothing is rolled, padded or masked in memory. Larger windows loop over their keys: `flash`.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import (
+    LOG2E,
+    box_size,
+    head_offset,
+    load_rows,
+    num_tokens,
+    num_windows,
+    outer,
+    product,
+    softmax_gradient,
+    softmax_rows,
+    store_rows,
+    token_in_box,
+    window_box,
+)
+
+RUNTIME = (
+    *(f"{x}_{axis}" for x in ("q", "k", "v") for axis in "bnh"),
+    *("heads", "scale", "f", "h", "w", "pf", "ph", "pw", "of", "oh", "ow"),
+)
+
+
+@triton.jit
+def _tile(geometry, heads, SLOTS: tl.constexpr, ROWS: tl.constexpr):
+    """This program's sample and head, and of every row its token, its window's place in the tile,
+    and whether there is such a token."""
+    windows = num_windows(geometry)
+    tiles = tl.cdiv(windows, ROWS // SLOTS)
+    # Heads are fastest: neighbouring programs read neighbouring bytes of the same tokens.
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads % tiles
+    batch = tl.program_id(0) // heads // tiles
+    row = tl.arange(0, ROWS)
+    group, slot = row // SLOTS, row % SLOTS
+    window = tile * (ROWS // SLOTS) + group
+    box = window_box(window, geometry)
+    valid = (window < windows) & (slot < box_size(box))
+    return batch, head, token_in_box(slot, box, geometry), group, valid
+
+
+@triton.jit
+def _is_finite(x):
+    """Whether a whole tile is: x - x is 0, but NaN for NaN and infinities."""
+    return tl.sum(tl.sum((x - x != 0).to(tl.int32), 1), 0) == 0
+
+
+@triton.jit
+def _contained_product(
+    p, x0, x1, group, D1: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr
+):
+    """p x for a block-diagonal p, where a number that is not finite stays in its window.
+
+    A zero of p times NaN is NaN, so a tile that holds one is multiplied window by window.
+    """
+    y0, y1 = product(p, x0, x1, D1, PRECISION)
+    if GROUPS > 1:
+        if not (_is_finite(x0) & _is_finite(x1)):
+            for g in range(GROUPS):
+                own = (group == g)[:, None]
+                own0, own1 = tl.where(own, x0, 0.0), tl.where(own, x1, 0.0)
+                z0, z1 = product(p, own0.to(x0.dtype), own1.to(x1.dtype), D1, PRECISION)
+                y0, y1 = tl.where(own, z0, y0), tl.where(own, z1, y1)
+    return y0, y1
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def window_forward(
+    q, k, v, out,
+    q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
+    k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
+    heads, scale, f, h, w, pf, ph, pw, of, oh, ow,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale · q kᵀ) v within windows; out (B, N, H, D) is contiguous."""
+    geometry = (f, h, w, pf, ph, pw, of, oh, ow)
+    batch, head, token, group, valid = _tile(geometry, heads, SLOTS, ROWS)
+    q += head_offset(batch, head, q_b, q_h, ALIGN)
+    k += head_offset(batch, head, k_b, k_h, ALIGN)
+    v += head_offset(batch, head, v_b, v_h, ALIGN)
+    q0, q1 = load_rows(q, token, q_n, valid, D, D0, D1, ALIGN)
+    k0, k1 = load_rows(k, token, k_n, valid, D, D0, D1, ALIGN)
+    v0, v1 = load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)
+
+    pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
+    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
+    p, total = softmax_rows(s, pair)
+    o0, o1 = _contained_product(p, v0, v1, group, D1, PRECISION, ROWS // SLOTS)
+
+    out += head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, D & -D)
+    o0, o1 = o0 / total[:, None], o1 / total[:, None]
+    store_rows(out, token, heads * D, valid, o0, o1, D, D0, D1, D & -D)
+
+
+@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h"))
+def window_backward(
+    q, k, v, g, dq, dk, dv,
+    q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
+    k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
+    v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
+    g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
+    heads, scale, f, h, w, pf, ph, pw, of, oh, ow,
+    NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `window_forward`, g being that of out; dq, dk, dv (B, N, H, D) are contiguous.
+
+    With P the weights: dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));
+    dQ = scale · dS K;  dK = scale · dSᵀ Q.
+    """
+    geometry = (f, h, w, pf, ph, pw, of, oh, ow)
+    GROUPS: tl.constexpr = ROWS // SLOTS
+    OUT: tl.constexpr = D & -D  # what divides the strides of contiguous gradients
+    batch, head, token, group, valid = _tile(geometry, heads, SLOTS, ROWS)
+    q += head_offset(batch, head, q_b, q_h, ALIGN)
+    k += head_offset(batch, head, k_b, k_h, ALIGN)
+    v += head_offset(batch, head, v_b, v_h, ALIGN)
+    g += head_offset(batch, head, g_b, g_h, ALIGN)
+    q0, q1 = load_rows(q, token, q_n, valid, D, D0, D1, ALIGN)
+    k0, k1 = load_rows(k, token, k_n, valid, D, D0, D1, ALIGN)
+    v0, v1 = load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)
+    g0, g1 = load_rows(g, token, g_n, valid, D, D0, D1, ALIGN)
+    own = head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, OUT)
+
+    pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
+    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
+    p, total = softmax_rows(s, pair)
+    p /= total[:, None]
+    if NEED_V:
+        x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
+        store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+    if NEED_Q or NEED_K:
+        dp = tl.where(pair, outer(g0, g1, v0, v1, D1, PRECISION), 0.0)
+        ds = softmax_gradient(p, dp) * scale
+        if NEED_Q:
+            x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
+            store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+        if NEED_K:
+            x0, x1 = _contained_product(tl.trans(ds), q0, q1, group, D1, PRECISION, GROUPS)
+            store_rows(dk + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
