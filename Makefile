@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 # As many workers as cores, two at most; one thread each, as the workers already fill the cores.
-PYTEST_CPU = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
+PYTEST_CPU = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
 
 .DEFAULT_GOAL := help
 .PHONY: help compare test test-full test-gpu bench lint wheel clean

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from .configs import Config
 
 # A window of more tokens, or an attention to more keys, loops over its keys.
 SHARED_TILE, FEW_KEYS = 64, 128
+# The window coordinates' fast division is exact below this many tokens.
+MAX_WINDOW = 2**20
 
 INTERPRETED = not isinstance(flash.flash_forward, triton.JITFunction)
 
@@ -44,14 +47,42 @@ class Launch:
     def run(self, device: torch.device) -> None:
         options = dict(num_warps=self.config.warps, num_stages=self.config.stages)
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                self.kernel[(self.programs,)](*self.args, **self.constants, **options)
+            with _interpretable(self.args) if INTERPRETED else _on(device, self.args) as args:
+                self.kernel[(self.programs,)](*args, **self.constants, **options)
         except (triton.CompilationError, triton.OutOfResources) as error:
             shapes = [tuple(a.shape) for a in self.args if isinstance(a, Tensor)]
             raise KernelError(
                 f"{self.kernel.__name__} failed for tensors of shapes {shapes} with {self.config} "
                 f"and {self.constants}: {error}"
             ) from error
+
+
+@contextmanager
+def _on(device: torch.device, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    with torch.cuda.device(device):
+        yield args
+
+
+@contextmanager
+def _interpretable(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The arguments with every bfloat16 memory as float32, rounded back afterwards: the interpreter
+    multiplies bfloat16 as bit patterns. It also warns of the infinities and NaN of masked rows."""
+    memories: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def exact(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dtype != torch.bfloat16:
+            return t
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in memories:
+            whole = t.new_empty(0).set_(storage)
+            memories[storage.data_ptr()] = whole, whole.float()
+        return memories[storage.data_ptr()][1].as_strided(t.shape, t.stride(), t.storage_offset())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield tuple(exact(a) for a in args)
+    for whole, copy in memories.values():
+        whole.copy_(copy)
 
 
 @dataclass
@@ -142,6 +173,11 @@ def _geometry(windows: WindowGrid | None) -> tuple[int, ...]:
         return (1,) * 6 + (0,) * 3
     grid, size, shift = windows.grid, windows.window, windows.shift
     return (*grid, *size, *(-s % p for s, p in zip(shift, size, strict=True)))
+
+
+def loops_over_windows(windows: WindowGrid) -> bool:
+    """By the window as given, whatever the grid, so that torch.compile need not know the grid."""
+    return math.prod(windows.window) > SHARED_TILE
 
 
 def _largest(windows: WindowGrid) -> int:
@@ -324,7 +360,7 @@ def window_attention(
     q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As `attention`."""
-    if _largest(windows) > SHARED_TILE:
+    if loops_over_windows(windows):
         return _flash(q, k, v, None, scale, windows)
     b, n, h, d = q.shape
     out = _empty(q, b, n, h, d)
@@ -343,7 +379,7 @@ def window_attention_backward(
     out: Tensor, lse: Tensor, g: Tensor, need: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `attention_backward`."""
-    if _largest(windows) > SHARED_TILE:
+    if loops_over_windows(windows):
         return _flash_backward(q, k, v, None, scale, windows, out, lse, g, need)
     dq, dk, dv = (_empty(q, *(q.shape if needed else (0,))) for needed in need)
     kernel = window.window_backward
@@ -357,7 +393,7 @@ def window_attention_backward(
 
 
 def _shared_tile(kernel: Any, q: Tensor, windows: WindowGrid) -> tuple[dict[str, int], Config, int]:
-    slots = triton.next_power_of_2(_largest(windows))
+    slots = triton.next_power_of_2(math.prod(windows.window))
     config = _config(kernel, q, channels=sum(split_channels(q.shape[-1])))
     tiles = triton.cdiv(windows.num_windows, config.rows // slots)
     return dict(SLOTS=slots, ROWS=config.rows), config, tiles
@@ -386,17 +422,18 @@ def pool(x: Tensor, windows: WindowGrid, eps: float | None) -> tuple[Tensor, Ten
 
 
 def pool_backward(
-    x: Tensor, windows: WindowGrid, eps: float | None, dmeans: Tensor, dnormed: Tensor | None
+    dmeans: Tensor, windows: WindowGrid, norm: tuple[Tensor, Tensor, float] | None
 ) -> Tensor:
-    """dx (B, N, C); without a norm, x gives no more than shape, type and device."""
-    b, n, c = x.shape
-    tile, config = _pool_tile(pool_kernels.pool_backward, x, 16)
-    dx = _empty(x, b, n, c)
-    g = dx if dnormed is None else dnormed
+    """dx (B, N, C); `norm` is x, the gradient of its LayerNorm, and eps."""
+    b, _, c = dmeans.shape
+    n = windows.num_tokens
+    tile, config = _pool_tile(pool_kernels.pool_backward, dmeans, 16)
+    dx = _empty(dmeans, b, n, c)
+    x, dnormed, eps = norm or (dx, dx, 0.0)
     _launch(
         pool_kernels.pool_backward, b * triton.cdiv(n, tile["ROWS"]),
-        x, g, dmeans, dx, *_strides(x, g, dmeans), eps or 0.0, *_geometry(windows),
-        NORM=eps is not None, **tile, ALIGN=_align(x, g, dmeans), config=config,
+        x, dnormed, dmeans, dx, *_strides(x, dnormed, dmeans), eps, *_geometry(windows),
+        NORM=norm is not None, **tile, ALIGN=_align(x, dnormed, dmeans), config=config,
     )  # fmt: skip
     return dx
 

@@ -5,21 +5,82 @@ An explicit name runs that backend or raises with every reason why it cannot; it
 
 from __future__ import annotations
 
+import functools
+import importlib
+import math
 from types import ModuleType
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import reference, sdpa
+from .geometry import WindowGrid
 
-_RUNNABLE: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa}
-BACKENDS = ("reference", "sdpa", "triton")
+_MODULES = {"reference": "reference", "sdpa": "sdpa", "triton": "autograd"}
+BACKENDS = tuple(_MODULES)
 CHOICES = (*BACKENDS, "auto")
 
 
-def reasons_against(backend: str, *tensors: Tensor) -> list[str]:
-    """Every reason why `backend` cannot run on these tensors; empty if it can."""
-    if backend == "triton":
-        return ["ptattn 0.1 has no Triton kernels yet"]
+@functools.cache
+def load(backend: str) -> ModuleType:
+    """The module that runs a backend; that of triton is imported when first asked for."""
+    return importlib.import_module(f".{_MODULES[backend]}", __package__)
+
+
+def reasons_against(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -> list[str]:
+    """Every reason why `backend` cannot run on these tensors; empty if it can.
+
+    Tensors of four axes are queries, keys and values, those of three are tokens of a mean.
+    """
+    if backend != "triton":
+        return []
+    try:
+        triton = load("triton")
+    except ImportError as error:
+        return [f"triton cannot be imported: {error}"]
+    reasons = _against_transforms(tensors)
+    for device in dict.fromkeys(t.device for t in tensors):
+        reasons += _against_device(device.type, device.index, triton.INTERPRETED)
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        if dtype == torch.float64 and not triton.INTERPRETED:
+            reasons.append("float64 runs under Triton's interpreter only")
+    widths = dict.fromkeys((t.ndim, t.shape[-1]) for t in tensors)
+    for ndim, width in widths:
+        if ndim == 4 and (width % 8 or width > 128):
+            reasons.append(f"the head dim must be a multiple of 8 up to 128; got {width}")
+        if ndim == 3 and width > 2**14:
+            reasons.append(f"means are of at most {2**14} channels; got {width}")
+    if windows is not None and math.prod(windows.window) > triton.MAX_WINDOW:
+        reasons.append(f"a window holds at most {triton.MAX_WINDOW} tokens; got {windows.window}")
+    return reasons
+
+
+def _against_transforms(tensors: tuple[Tensor, ...]) -> list[str]:
+    """Transforms that the operators would pass in silence, as if nothing depended on the inputs."""
+    if torch.compiler.is_compiling():
+        return []
+    reasons = []
+    if any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
+        reasons.append("torch.func's grad, vjp and jvp do not reach the kernels")
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        reasons.append("the kernels have no forward-mode derivative")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _against_device(kind: str, index: int | None, interpreted: bool) -> list[str]:
+    if kind == "meta":
+        return []  # shapes only
+    if kind == "cpu" and not interpreted:
+        return ["tensors are on the CPU, which takes TRITON_INTERPRET=1 from the start"]
+    if kind == "cuda" and interpreted:
+        return ["TRITON_INTERPRET=1 is set, and the interpreter does not take CUDA tensors"]
+    if kind not in ("cpu", "cuda"):
+        return [f"tensors are on {kind}, which is no CUDA or ROCm device"]
+    if kind == "cuda" and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return [f"the GPU needs compute capability 8.0 or more; got {major}.{minor}"]
     return []
 
 
@@ -29,8 +90,8 @@ def check(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(CHOICES)}; got {backend!r}")
 
 
-def resolve(backend: str, *tensors: Tensor) -> str:
-    """The backend that runs: the one named, or for `auto` triton where it can and else sdpa.
+def resolve(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -> str:
+    """The backend that runs: the one named, or for `auto` triton on a GPU where it can, else sdpa.
 
     Raises:
         ValueError: an unknown name.
@@ -38,11 +99,12 @@ def resolve(backend: str, *tensors: Tensor) -> str:
     """
     check(backend)
     if backend == "auto":
-        return "sdpa" if reasons_against("triton", *tensors) else "triton"
-    if reasons := reasons_against(backend, *tensors):
+        on_gpu = any(t.is_cuda for t in tensors)
+        return (
+            "sdpa"
+            if not on_gpu or reasons_against("triton", *tensors, windows=windows)
+            else "triton"
+        )
+    if reasons := reasons_against(backend, *tensors, windows=windows):
         raise RuntimeError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))
     return backend
-
-
-def load(backend: str) -> ModuleType:
-    return _RUNNABLE[backend]

@@ -143,10 +143,12 @@ class GlobalInteraction(nn.Module):
     ) -> Tensor:
         """(B, N, C) -> (B, N, C), one proxy per window; `modulation` is of their self-attention."""
         backend = self.proxy_attn.backend
-        proxies = ops.window_mean(x, windows.grid, windows.window, backend=backend)
+        normed, proxies = ops.layer_norm_window_mean(
+            x, windows.grid, windows.window, eps=NORM_EPS, backend=backend
+        )
         update = self.proxy_attn(layer_norm(proxies, modulation))
         proxies = modulation.add_gated(proxies, update) if modulation else proxies + update
-        return self.zero(self.cross_attn(layer_norm(x), layer_norm(proxies)))
+        return self.zero(self.cross_attn(normed, layer_norm(proxies)))
 
 
 class TextureComplement(nn.Module):

@@ -6,6 +6,7 @@ dim. Inputs may have any strides; outputs are contiguous and of the input dtype.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -49,7 +50,40 @@ def window_mean(
     windows = WindowGrid(grid, window)
     _check_tensors(3, "(B, N, C)", x=x)
     _check_tokens(windows, x=x)
-    return _backend(backend, x).window_mean(x, windows)
+    return _backend(backend, x, windows=windows).window_mean(x, windows)
+
+
+def layer_norm_window_mean(
+    x: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int],
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of every token, and `window_mean` of the tokens as they were, by one read of them.
+
+    These are the queries and the proxies of the global information interaction module (arXiv
+    2409.04005), before their projections. The norm has no affine parameters.
+
+    Args:
+        x: (B, N, C) tokens in raster order, float16, bfloat16, float32 or float64.
+        grid: (f, h, w) or (h, w), with f·h·w = N.
+        window: (pf, ph, pw) or (ph, pw).
+        eps: added to the variance.
+        backend: "auto", "reference", "sdpa" or "triton".
+
+    Returns:
+        The normed tokens (B, N, C) and the proxies (B, M, C) in raster order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was expected.
+        RuntimeError: the named backend cannot run here.
+    """
+    windows = WindowGrid(grid, window)
+    _check_tensors(3, "(B, N, C)", x=x)
+    _check_tokens(windows, x=x)
+    return _backend(backend, x, windows=windows).layer_norm_window_mean(x, windows, eps)
 
 
 def attention(
@@ -129,7 +163,7 @@ def window_attention(
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q, k and v must have one shape (B, N, H, D); got {shapes}")
     _check_tokens(windows, q=q)
-    run = _backend(backend, q, k, v).window_attention
+    run = _backend(backend, q, k, v, windows=windows).window_attention
     return run(q, k, v, windows, _scale(scale, q)).contiguous()
 
 
@@ -152,26 +186,38 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `auto` takes for a call, and each reason why another cannot run.
 
     Args:
-        op: "window_mean", "attention" or "window_attention".
-        *args, **kwargs: what the operation would be called with; only the tensors among them
-        matter.
+        op: "window_mean", "layer_norm_window_mean", "attention" or "window_attention".
+        *args, **kwargs: what the operation would be called with; tensors, grid and window matter.
 
     Example:
         >>> print(explain("window_mean", torch.randn(1, 64, 32), (8, 8), (4, 4)))
         window_mean: auto takes sdpa
           reference: can run
           sdpa: can run
-          triton: ptattn 0.1 has no Triton kernels yet
+          triton: tensors are on the CPU, which takes TRITON_INTERPRET=1 from the start
     """
-    if op not in ("window_mean", "attention", "window_attention"):
-        raise ValueError(f"op must be window_mean, attention or window_attention; got {op!r}")
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    reasons = {n: tuple(backends.reasons_against(n, *tensors)) for n in backends.BACKENDS}
-    return Explanation(op, backends.resolve("auto", *tensors), reasons)
+    if op not in _OPS:
+        raise ValueError(f"op must be one of {', '.join(_OPS)}; got {op!r}")
+    given = inspect.signature(_OPS[op]).bind_partial(*args, **kwargs).arguments
+    tensors = [a for a in given.values() if isinstance(a, Tensor)]
+    windows = (
+        WindowGrid(given["grid"], given["window"]) if {"grid", "window"} <= set(given) else None
+    )
+    reasons = {
+        name: tuple(backends.reasons_against(name, *tensors, windows=windows))
+        for name in backends.BACKENDS
+    }
+    return Explanation(op, backends.resolve("auto", *tensors, windows=windows), reasons)
 
 
-def _backend(name: str, *tensors: Tensor) -> ModuleType:
-    return backends.load(backends.resolve(name, *tensors))
+_OPS = {
+    function.__name__: function
+    for function in (window_mean, layer_norm_window_mean, attention, window_attention)
+}
+
+
+def _backend(name: str, *tensors: Tensor, windows: WindowGrid | None = None) -> ModuleType:
+    return backends.load(backends.resolve(name, *tensors, windows=windows))
 
 
 def _check_tensors(ndim: int, shape: str, **tensors: Tensor) -> None:

@@ -7,6 +7,7 @@ rounded once at the end. All other backends are tested against these functions i
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import WindowGrid
@@ -24,6 +25,13 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
         sums = sums.index_add(1, ids, _exact(x))
         counts = torch.bincount(ids, minlength=windows.num_windows)
         return (sums / counts[:, None]).to(x.dtype)
+
+
+def layer_norm_window_mean(x: Tensor, windows: WindowGrid, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm of every token, and the means of the tokens as they were."""
+    with torch.autocast(x.device.type, enabled=False):
+        normed = F.layer_norm(_exact(x), x.shape[-1:], eps=eps).to(x.dtype)
+    return normed, window_mean(x, windows)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:

@@ -23,6 +23,10 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
     return means.flatten(1, 3)
 
 
+def layer_norm_window_mean(x: Tensor, windows: WindowGrid, eps: float) -> tuple[Tensor, Tensor]:
+    return F.layer_norm(x, x.shape[-1:], eps=eps), window_mean(x, windows)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     if key_mask is None:
         return _sdpa(q, k, v, scale)

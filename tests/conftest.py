@@ -1,4 +1,4 @@
-"""Hypothesis profiles, one thread, one seed per test."""
+"""Triton's interpreter, hypothesis profiles, one thread, one seed per test."""
 
 import os
 
@@ -10,10 +10,35 @@ hypothesis.settings.register_profile("quick", max_examples=30, derandomize=True,
 hypothesis.settings.register_profile("full", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
+# Triton reads it when the kernels are first imported, for the whole process. The Makefile sets it
+# for the CPU's tests on every machine, also where there is a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure():
     # Tensors here are small, and workers fill the cores: threads would only wait for one another.
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _patch_once()
+
+
+def _patch_once():
+    """Half the interpreter's time goes into patching `triton.language` anew at every call of a jit
+    function by another; once per module and process is enough."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module not in patched:
+            patched.add(module)
+            if not module.startswith("ptattn"):  # the launch has patched what these see
+                interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(autouse=True)

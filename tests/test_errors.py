@@ -278,7 +278,7 @@ def test_explain(op):
 
 
 def test_explain_unknown_operation():
-    with raises(ValueError, "op", "window_mean, attention or window_attention", "'softmax'"):
+    with raises(ValueError, "op", "window_mean, layer_norm_window_mean, attention, window_attention", "'softmax'"):
         ptattn.explain("softmax")
 
 
