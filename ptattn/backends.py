@@ -72,7 +72,7 @@ def _against_device(kind: str, index: int | None, interpreted: bool) -> list[str
     if kind == "meta":
         return []  # shapes only
     if kind == "cpu" and not interpreted:
-        return ["tensors are on the CPU, which takes TRITON_INTERPRET=1 from the start"]
+        return ["on the CPU the kernels run under TRITON_INTERPRET=1 only"]
     if kind == "cuda" and interpreted:
         return ["TRITON_INTERPRET=1 is set, and the interpreter does not take CUDA tensors"]
     if kind not in ("cpu", "cuda"):

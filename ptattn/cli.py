@@ -77,7 +77,8 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("auto", "cpu", "cuda"), default="auto")  # fmt: skip
     add("--dtype", "of weights and activations (default: %(default)s)",
         choices=tuple(DTYPES), default="bf16")  # fmt: skip
-    add("--backend", "of every attention (default: %(default)s)",
+    add("--backend", "of the attention; full attention runs on sdpa beside triton "
+        "(default: %(default)s, triton on a GPU)",
         choices=backends.CHOICES, default="auto")  # fmt: skip
     add("--threads", "CPU threads (default: torch's own choice)", type=_positive, metavar="N")
     add("--budget", "time to measure in (default: %(default)s)",

@@ -194,7 +194,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         window_mean: auto takes sdpa
           reference: can run
           sdpa: can run
-          triton: tensors are on the CPU, which takes TRITON_INTERPRET=1 from the start
+          triton: on the CPU the kernels run under TRITON_INTERPRET=1 only
     """
     if op not in _OPS:
         raise ValueError(f"op must be one of {', '.join(_OPS)}; got {op!r}")

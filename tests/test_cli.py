@@ -138,10 +138,26 @@ def test_nonsense_is_named(
     assert all(part in error for part in parts), error
 
 
+def test_compare_on_the_kernels(tmp_path: Path) -> None:
+    """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
+    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "60"]
+    arguments = ["compare", *MODELS, *sizes, "--threads", "1", "--backend", "triton"]
+    interpreting = {**os.environ, "TRITON_INTERPRET": "1"}
+    with start(*arguments, "--out", str(tmp_path), env=interpreting) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "no time here says how fast they are" in stdout
+    assert "PT-DiT/S-Class is slower" not in stdout
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert report["settings"]["backend"] == "triton"
+    assert all(row["block_runs"] for row in report["rows"])
+
+
 def test_what_cannot_run_here_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("ptattn.autograd.INTERPRETED", False)
     for arguments, part in (
         (["--device", "cuda"], "argument --device: got cuda"),
         (["--backend", "triton"], "argument --backend: backend 'triton' cannot run here: "),

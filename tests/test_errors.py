@@ -253,14 +253,39 @@ def test_layer_with_unknown_backend():
 
 
 @every_op
-def test_backend_that_cannot_run_gives_every_reason(op):
+def test_backend_that_cannot_run_gives_every_reason(op, monkeypatch):
     """It never falls back to another one."""
-    # On the CPU and in float64, whatever else is missing.
+    monkeypatch.setattr("ptattn.autograd.INTERPRETED", False)
     inputs = {name: t.double() for name, t in good_tensors(op).items()}
-    reasons = ptattn.explain(op, *inputs.values()).reasons["triton"]
-    assert reasons
+    reasons = ["on the CPU", "TRITON_INTERPRET=1", "float64"]
+    if op != "window_mean":
+        reasons.append("multiple of 8 up to 128; got 4")
     with raises(RuntimeError, "'triton'", *reasons):
         call(op, backend="triton", **inputs)
+
+
+def test_triton_limits(monkeypatch):
+    monkeypatch.setattr("ptattn.autograd.INTERPRETED", True)
+    x = torch.randn(1, 1, 2**14 + 8)
+    with raises(RuntimeError, "at most 16384 channels; got 16392"):
+        ptattn.window_mean(x, (1, 1), (1, 1), backend="triton")
+    with raises(RuntimeError, "at most 1048576 tokens; got (1, 2048, 1024)"):
+        ptattn.window_mean(x[..., :8], (1, 1), (2048, 1024), backend="triton")
+    for width in (4, 12, 136):
+        q = torch.randn(1, 2, 1, width)
+        with raises(RuntimeError, f"multiple of 8 up to 128; got {width}"):
+            ptattn.attention(q, q, q, backend="triton")
+
+
+def test_broken_triton_is_a_reason(monkeypatch):
+    def broken(name):
+        raise ImportError("no triton here")
+
+    monkeypatch.setattr("ptattn.backends.load", broken)
+    x = torch.randn(1, 4, 8)
+    assert ptattn.explain("window_mean", x).reasons["triton"] == (
+        "triton cannot be imported: no triton here",
+    )
 
 
 @every_op
@@ -272,13 +297,14 @@ def test_explain(op):
     assert found.reasons["reference"] == found.reasons["sdpa"] == ()
     lines = str(found).splitlines()
     assert lines[:3] == [f"{op}: auto takes sdpa", "  reference: can run", "  sdpa: can run"]
-    assert lines[3] == "  triton: " + "; ".join(found.reasons["triton"])
+    assert lines[3] == "  triton: " + ("; ".join(found.reasons["triton"]) or "can run")
     by_name = dict(zip(names(op), inputs, strict=True))
     assert ptattn.explain(op, **by_name) == found
 
 
 def test_explain_unknown_operation():
-    with raises(ValueError, "op", "window_mean, layer_norm_window_mean, attention, window_attention", "'softmax'"):
+    names = "window_mean, layer_norm_window_mean, attention, window_attention"
+    with raises(ValueError, "op", names, "'softmax'"):
         ptattn.explain("softmax")
 
 

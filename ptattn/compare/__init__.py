@@ -55,7 +55,9 @@ def compare(options: argparse.Namespace, command: str) -> int:
     rows = report.rows(entries, result)
     done = report.Report(
         rows=rows,
-        findings=findings.sentences(rows),
+        findings=findings.sentences(
+            rows, settings.backend == "triton" and settings.device == "cpu"
+        ),
         environment=known,
         settings={**dataclasses.asdict(settings), "budget": options.budget},
         command=command,
@@ -85,12 +87,12 @@ def _settings(options: argparse.Namespace) -> Settings:
     device = "cuda" if cuda and options.device != "cpu" else "cpu"
     sample = torch.empty(1, device=device, dtype=DTYPES[options.dtype])
     try:
-        backends.resolve(options.backend, sample)
+        backend = backends.resolve(options.backend, sample)
     except RuntimeError as error:
         raise UsageError(f"argument --backend: {error}") from None
     if options.threads is not None:
         torch.set_num_threads(options.threads)  # here for the record; each child does the same
-    return Settings(device, options.dtype, options.backend, torch.get_num_threads())
+    return Settings(device, options.dtype, backend, torch.get_num_threads())
 
 
 def _write(done: report.Report, out: Path) -> OSError | None:

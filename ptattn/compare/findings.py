@@ -11,8 +11,16 @@ from .report import Row
 EQUAL_PARAMETERS = 0.1  # relative difference
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
-    """Where PT-DiT wins, where it loses, what the counts hide; only what the rows can answer."""
+INTERPRETED = "The kernels ran in Triton's interpreter: no time here says how fast they are."
+
+
+def sentences(rows: Sequence[Row], interpreted: bool = False) -> list[str]:
+    """Where PT-DiT wins, where it loses, what the counts hide; only what the rows can answer.
+
+    Times of `interpreted` kernels answer nothing.
+    """
+    if interpreted:
+        return [sentence for sentence in (INTERPRETED, _counts(rows)) if sentence]
     by_model = {row.name: row for row in rows}
     pairs = [
         (ours, theirs)

@@ -81,7 +81,10 @@ def build(block: Block, settings: Settings) -> Callable[[], Tensor]:
     options: dict[str, Any] = dict(device=settings.device, dtype=DTYPES[settings.dtype])
     config, dim = block.config, block.config.dim
     classes = {"PT-DiT": PTDiTBlock, "DiT": DiTBlock, "PixArt": PixArtBlock}
-    module = classes[block.family](config, backend=settings.backend).to(**options).eval()
+    # Full attention is at its best on torch's own kernels, and those it gets.
+    own = block.family == "PT-DiT" or settings.backend != "triton"
+    backend = settings.backend if own else "sdpa"
+    module = classes[block.family](config, backend=backend).to(**options).eval()
     for parameter in module.parameters():
         # No layer stays zero: a GPU clocks higher when it multiplies zeros.
         nn.init.normal_(parameter, std=0.02)
