@@ -2,8 +2,9 @@
 
 The file maps architecture -> kernel -> entries. The first entry whose bounds hold is taken:
 `bytes` is the size of an element, `channels` the width of the tiles that hold the head dim, `keys`
-that of the tile of a few keys. "default" serves every architecture and kernel that has no own
-entries. `python -m benchmarks.gpu --tune` writes entries for the GPU at hand.
+that of the tile of a few keys, `queries` how many there are, `windowed` is 0 for dense attention.
+"default" serves every architecture and kernel that has no entries of its own.
+`python -m benchmarks.gpu --tune` writes entries for the GPU at hand.
 """
 
 from __future__ import annotations

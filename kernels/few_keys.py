@@ -16,8 +16,8 @@ from .tile import (
     load_rows,
     outer,
     product,
+    softmax,
     softmax_gradient,
-    softmax_rows,
     store_rows,
     zeros,
 )
@@ -76,7 +76,7 @@ def few_keys_forward(
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax_rows(s, present[None, :])
+        p, total = softmax(s, present[None, :], 1)
         o0, o1 = product(p, v0, v1, D1, PRECISION)
         o0, o1 = o0 / total[:, None], o1 / total[:, None]
         store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
@@ -117,18 +117,19 @@ def few_keys_backward(
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
-        s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax_rows(s, valid[:, None] & present[None, :])
-        p /= total[:, None]
+        # Transposed, [keys, queries]: so the weights enter two of the products as they are.
+        s = outer(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2E)
+        p, total = softmax(s, present[:, None] & valid[None, :], 0)
+        p /= total[None, :]
         if NEED_V:
-            dv0, dv1 = accumulate(tl.trans(p), g0, g1, dv0, dv1, D1, PRECISION)
+            dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, D1, PRECISION)
         if NEED_Q or NEED_K:
-            ds = softmax_gradient(p, outer(g0, g1, v0, v1, D1, PRECISION)) * scale
+            ds = softmax_gradient(p, outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale
             if NEED_Q:
-                x0, x1 = product(ds, k0, k1, D1, PRECISION)
+                x0, x1 = product(tl.trans(ds), k0, k1, D1, PRECISION)
                 store_rows(dq, row, heads * D, valid, x0, x1, D, D0, D1, OUT)
             if NEED_K:
-                dk0, dk1 = accumulate(tl.trans(ds), q0, q1, dk0, dk1, D1, PRECISION)
+                dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, D1, PRECISION)
     own = head_offset(batch * splits + split, head, keys * heads.to(tl.int64) * D, D, OUT)
     if NEED_K:
         store_rows(dk + own, key, heads * D, exists, dk0, dk1, D, D0, D1, OUT)

@@ -295,6 +295,12 @@ class _Parts:
         return out
 
 
+def _flash_config(kernel: Any, q: Tensor, windows: WindowGrid | None) -> Config:
+    queries = _largest(windows) if windows else q.shape[1]
+    channels = sum(split_channels(q.shape[-1]))
+    return _config(kernel, q, channels=channels, queries=queries, windowed=windows is not None)
+
+
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float,
     windows: WindowGrid | None,
@@ -302,7 +308,7 @@ def _flash(
     b, n, h, d = q.shape
     out, lse = _empty(q, b, n, h, d), _empty(q, b, h, n, dtype=_accumulator(q))
     kernel = flash.flash_forward
-    config = _config(kernel, q, channels=sum(split_channels(d)))
+    config = _flash_config(kernel, q, windows)
     blocks = triton.cdiv(_largest(windows) if windows else n, config.rows)
     count = windows.num_windows if windows else 1
     _launch(
@@ -320,7 +326,7 @@ def _flash_backward(
     windows: WindowGrid | None,
     out: Tensor, lse: Tensor, g: Tensor, need: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (b, n, h, d), m = q.shape, k.shape[1]
+    (b, n, h, _), m = q.shape, k.shape[1]
     count = windows.num_windows if windows else 1
     common = dict(WINDOWED=windows is not None, MASKED=key_mask is not None, **_tiles(q, k, v, g))
     delta = _empty(q, b, h, n, dtype=lse.dtype)
@@ -328,7 +334,7 @@ def _flash_backward(
     mask = _bytes(key_mask, out)
 
     kernel = flash.flash_backward_q
-    config = _config(kernel, q, channels=sum(split_channels(d)))
+    config = _flash_config(kernel, q, windows)
     blocks = triton.cdiv(_largest(windows) if windows else n, config.rows)
     _launch(
         kernel, b * count * blocks * h,
@@ -338,7 +344,7 @@ def _flash_backward(
     )  # fmt: skip
 
     kernel = flash.flash_backward_kv
-    config = _config(kernel, q, channels=sum(split_channels(d)))
+    config = _flash_config(kernel, q, windows)
     blocks = triton.cdiv(_largest(windows) if windows else m, config.keys)
     splits = 1 if windows else _splits(n, blocks)
     parts = _Parts(k, splits, need)

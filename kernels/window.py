@@ -19,8 +19,8 @@ from .tile import (
     num_windows,
     outer,
     product,
+    softmax,
     softmax_gradient,
-    softmax_rows,
     store_rows,
     token_in_box,
     window_box,
@@ -98,7 +98,7 @@ def window_forward(
 
     pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
     s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-    p, total = softmax_rows(s, pair)
+    p, total = softmax(s, pair, 1)
     o0, o1 = _contained_product(p, v0, v1, group, D1, PRECISION, ROWS // SLOTS)
 
     out += head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, D & -D)
@@ -140,14 +140,14 @@ def window_backward(
 
     pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
     s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-    p, total = softmax_rows(s, pair)
+    p, total = softmax(s, pair, 1)
     p /= total[:, None]
     if NEED_V:
         x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
         store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
     if NEED_Q or NEED_K:
         dp = tl.where(pair, outer(g0, g1, v0, v1, D1, PRECISION), 0.0)
-        ds = softmax_gradient(p, dp) * scale
+        ds = softmax_gradient(p, dp, 1) * scale
         if NEED_Q:
             x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
             store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
