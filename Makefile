@@ -9,7 +9,7 @@ comma := ,
 PYTEST_CPU = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-full test-gpu bench lint wheel clean
+.PHONY: help compare test test-full test-gpu mutants bench lint wheel clean
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
 
@@ -27,6 +27,9 @@ test-full: $(VENV)/.stamp-test ## every CPU test, the long ones too
 
 test-gpu: $(VENV)/.stamp-test ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+
+mutants: $(VENV)/.stamp-test ## whether the tests catch seeded faults in the kernels (ARGS="...")
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(VENV)/.stamp-bench-t2x ## the benchmark suites (ARGS="...")
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -420,7 +420,7 @@ def pool(x: Tensor, windows: WindowGrid, eps: float | None) -> tuple[Tensor, Ten
     _launch(
         pool_kernels.pool_forward, b * m * splits,
         x, parts, normed, *_strides(x), splits, eps or 0.0, *_geometry(windows),
-        NORM=eps is not None, **tile, ALIGN=_align(x), config=config,
+        NORM=eps is not None, STAGES=config.stages, **tile, ALIGN=_align(x), config=config,
     )  # fmt: skip
     if splits > 1:
         _sum_splits(parts, means)

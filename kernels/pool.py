@@ -51,7 +51,7 @@ def _normalize(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
 def pool_forward(
     x, means, normed,
     x_b: tl.int64, x_n: tl.int64, splits, eps, f, h, w, pf, ph, pw, of, oh, ow,
-    NORM: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """means (B, M, splits, C), to be summed over splits; normed (B, N, C); both contiguous."""
@@ -68,7 +68,7 @@ def pool_forward(
     share = tl.cdiv(tl.cdiv(size, ROWS), splits) * ROWS
     last = tl.minimum((split + 1) * share, size)
     sum0, sum1 = tl.zeros([C0], ACC), tl.zeros([C1 if C1 > 0 else C0], ACC)
-    for start in range(split * share, last, ROWS):
+    for start in tl.range(split * share, last, ROWS, num_stages=STAGES):
         slot = start + tl.arange(0, ROWS)
         valid = slot < last
         token = token_in_box(slot, box, geometry)

@@ -1,0 +1,247 @@
+"""Seeded faults in the kernels, and whether the quick tests catch them: `make mutants`.
+
+Each fault is one replacement in one file, in a copy of the package. A fault is caught when the
+tests fail or hang with it. A replacement that no longer fits its file exactly once is an error: a
+check that checks nothing must not pass.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+WANTED = 0.95
+TIME_LIMIT = 900  # seconds; the tests of one fault take less than half of it
+# What would notice a fault in the kernels, the likeliest first.
+TESTS = (
+    "tests/test_kernels.py",
+    "tests/test_triton.py",
+    "tests/test_bounds.py",
+    "tests/test_operators.py",
+    "tests/test_properties.py",
+)
+
+
+class Fault(NamedTuple):
+    file: str
+    name: str
+    old: str
+    new: str
+
+
+TILE = [
+    Fault("tile", "dropped int64 of samples", "batch.to(tl.int64) * stride_b", "batch * stride_b"),
+    Fault("tile", "dropped int64 of rows", "row.to(tl.int64) * stride", "row * stride"),
+    Fault("tile", "one channel too many", "WIDTH) < D)[None, :]", "WIDTH) <= D)[None, :]"),
+    Fault("tile", "second tile of the wrong channels",
+          "x1 = tl.load(_pointers(x, row, stride, D0, D1",
+          "x1 = tl.load(_pointers(x, row, stride, 0, D1"),
+    Fault("tile", "second tile not stored",
+          "    if D1 > 0:\n        x1 = x1.to(", "    if D1 > 32:\n        x1 = x1.to("),
+    Fault("tile", "scores of the first tile only",
+          "    if D1 > 0:\n        s += tl.dot", "    if D1 > 32:\n        s += tl.dot"),
+    Fault("tile", "absent keys count as score 0",
+          's = tl.where(present, s, float("-inf"))', "s = tl.where(present, s, 0.0)"),
+    Fault("tile", "no guard for rows without keys",
+          "return p, tl.where(total == 0, 1.0, total)", "return p, total"),
+    Fault("tile", "gradient of softmax without its sum",
+          "p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS))", "p * dp"),
+    Fault("tile", "one window too few",
+          "(length - 1 + offset) // size + 1", "(length - 1 + offset) // size"),
+    Fault("tile", "one window too many",
+          "(length - 1 + offset) // size + 1", "(length + offset) // size + 1"),
+    Fault("tile", "window row by the wrong count", "window // nw % nh", "window // nh % nh"),
+    Fault("tile", "shift along the width dropped", "window % nw * pw - ow", "window % nw * pw"),
+    Fault("tile", "first window starts before the grid", "tl.maximum(start_w, 0)", "start_w"),
+    Fault("tile", "last frames not cut off", "tl.minimum(start_f + pf, f) - f0", "pf"),
+    Fault("tile", "last columns not cut off", "tl.minimum(start_w + pw, w) - w0", "pw"),
+    Fault("tile", "division off at whole quotients",
+          "(x.to(tl.float32) + 0.5)", "x.to(tl.float32)"),
+    Fault("tile", "height and width swapped",
+          "(f0 + frame) * geometry[1] + h0", "(f0 + frame) * geometry[2] + h0"),
+    Fault("tile", "frame by the wrong extent", "quotient(line, rows)", "quotient(line, columns)"),
+    Fault("tile", "window of a token without the shift", "(row + oh) // ph", "row // ph"),
+    Fault("tile", "sum of row products without the second tile",
+          "    if D1 > 0:\n        s += tl.sum(", "    if D1 > 32:\n        s += tl.sum("),
+]  # fmt: skip
+
+WINDOW = [
+    Fault("window", "windows of a tile see one another in the forward",
+          "pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]\n"
+          "    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)\n"
+          "    p, total = softmax(s, pair, 1)\n    o0",
+          "pair = valid[:, None] & valid[None, :]\n"
+          "    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)\n"
+          "    p, total = softmax(s, pair, 1)\n    o0"),
+    Fault("window", "windows of a tile see one another in the backward",
+          "pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]\n"
+          "    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)\n"
+          "    p, total = softmax(s, pair, 1)\n    p",
+          "pair = valid[:, None] & valid[None, :]\n"
+          "    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)\n"
+          "    p, total = softmax(s, pair, 1)\n    p"),
+    Fault("window", "windows past the last", "(window < windows) & (slot", "(slot"),
+    Fault("window", "one token too many", "slot < box_size(box)", "slot <= box_size(box)"),
+    Fault("window", "NaN crosses windows", "if GROUPS > 1:", "if GROUPS > 64:"),
+    Fault("window", "NaN not taken out", "tl.where(own, x0, 0.0)", "x0"),
+    Fault("window", "gradients without the scale", "softmax_gradient(p, dp, 1) * scale",
+          "softmax_gradient(p, dp, 1)"),
+    Fault("window", "dv by the weights as they are", "_contained_product(tl.trans(p), g0",
+          "_contained_product(p, g0"),
+    Fault("window", "dk by the scores as they are", "_contained_product(tl.trans(ds), q0",
+          "_contained_product(ds, q0"),
+    Fault("window", "NaN crosses windows in dP",
+          "tl.where(pair, outer(g0, g1, v0, v1, D1, PRECISION), 0.0)",
+          "outer(g0, g1, v0, v1, D1, PRECISION)"),
+    Fault("window", "tiles of the first sample only",
+          "tl.program_id(0) // heads // tiles", "tl.program_id(0) // heads // tiles * 0"),
+    Fault("window", "strides of q for v",
+          "load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)\n\n",
+          "load_rows(v, token, q_n, valid, D, D0, D1, ALIGN)\n\n"),
+]  # fmt: skip
+
+FEW_KEYS = [
+    Fault("few_keys", "queries past the last whole tile",
+          "tl.cdiv(tl.cdiv(queries, ROWS), splits) * ROWS", "queries // ROWS // splits * ROWS"),
+    Fault("few_keys", "key mask of the first sample",
+          "mask + batch.to(tl.int64) * keys", "mask"),
+    Fault("few_keys", "key mask ignored",
+          "exists & (tl.load(row + key, mask=exists, other=0) != 0)", "exists"),
+    Fault("few_keys", "parts of one split over another's",
+          "head_offset(batch * splits + split", "head_offset(batch * splits"),
+    Fault("few_keys", "gradient of masked keys not written",
+          "store_rows(dk + own, key, heads * D, exists",
+          "store_rows(dk + own, key, heads * D, present"),
+    Fault("few_keys", "gradients without the scale",
+          "outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale",
+          "outer(v0, v1, g0, g1, D1, PRECISION), 0)"),
+    Fault("few_keys", "dq by the scores as they are", "product(tl.trans(ds), k0", "product(ds, k0"),
+    Fault("few_keys", "output not divided", "o0 / total[:, None], o1 / total", "o0, o1 / total"),
+]  # fmt: skip
+
+FLASH = [
+    Fault("flash", "key mask ignored in whole blocks",
+          "    o0, o1 = zeros(ROWS, D0, D1, ACC)\n    whole = 0 if MASKED else n_keys",
+          "    o0, o1 = zeros(ROWS, D0, D1, ACC)\n    whole = n_keys"),
+    Fault("flash", "one key too many", "present = slot < length", "present = slot <= length"),
+    Fault("flash", "output not rescaled", "    o0 *= rescale[:, None]\n", ""),
+    Fault("flash", "sum not rescaled", "total * rescale + tl.sum", "total + tl.sum"),
+    Fault("flash", "sign of the scale lost", "if NEGATIVE:", "if NEGATIVE and ROWS < 0:"),
+    Fault("flash", "rows without keys have a log-sum-exp",
+          'tl.where(total == 0, float("inf"), high + tl.log2(some))', "high + tl.log2(some)"),
+    Fault("flash", "log-sum-exp of another head",
+          "lse += (batch.to(tl.int64) * heads + head) * queries\n    tl.store",
+          "lse += batch.to(tl.int64) * heads * queries\n    tl.store"),
+    Fault("flash", "gradient of masked values", "tl.where(takes_part, dv0, 0.0)", "dv0"),
+    Fault("flash", "queries counted by every split",
+          "split * share, tl.minimum((split + 1) * share, n_queries)", "split * share, n_queries"),
+    Fault("flash", "split and block swapped",
+          "split, block = block // blocks, block % blocks",
+          "block, split = block // blocks, block % blocks"),
+    Fault("flash", "dq without the scale", "dq0 * scale, dq1 * scale", "dq0, dq1 * scale"),
+    Fault("flash", "dk without the scale",
+          "tl.where(takes_part, dk0 * scale", "tl.where(takes_part, dk0"),
+    Fault("flash", "keys of a window in raster order",
+          "v0, v1 = load_rows(v, key, v_n, present, D, D0, D1, ALIGN)\n    s =",
+          "v0, v1 = load_rows(v, slot, v_n, present, D, D0, D1, ALIGN)\n    s ="),
+    Fault("flash", "delta not taken off in dk", " - delta_row[None, :])", ")"),
+    Fault("flash", "no guard for a first block without keys",
+          'tl.where(new_high == float("-inf"), 0.0, new_high) if MASKED else new_high', "new_high"),
+]  # fmt: skip
+
+REST = [
+    Fault("pool", "mean over the whole window's size",
+          "mean0, mean1 = sum0[None, :] / size", "mean0, mean1 = sum0[None, :] / (pf * ph * pw)"),
+    Fault("pool", "tokens counted by every split",
+          "last = tl.minimum((split + 1) * share, size)", "last = size"),
+    Fault("pool", "gradient of the mean not divided", "m0.to(ACC) / size", "m0.to(ACC)"),
+    Fault("pool", "absent channels count in the variance",
+          "tl.where((START + tl.arange(0, WIDTH) < C)[None, :], x - mean[:, None], 0.0)",
+          "x - mean[:, None]"),
+    Fault("pool", "norm without eps", "/ C + eps)", "/ C)"),
+    Fault("pool", "gradient of the norm without its mean", "g0 - mean - y0", "g0 - y0"),
+    Fault("pool", "gradient of the norm without its projection", " - y0 * along)", ")"),
+    Fault("reduce", "one part too few", "range(1, splits)", "range(2, splits)"),
+    Fault("reduce", "parts of another sample", "row * splits * inner", "row * inner"),
+    Fault("launch", "shift in the wrong direction", "*(-s % p for", "*(s for"),
+    Fault("launch", "last tile of windows missing",
+          "tiles = triton.cdiv(windows.num_windows, config.rows // slots)",
+          "tiles = max(1, windows.num_windows // (config.rows // slots))"),
+    Fault("launch", "alignment promised that is not there",
+          "return math.gcd(16, *strides)", "return 16"),
+    Fault("launch", "head dim padded beyond need",
+          "return (first, second) if first + second < whole else (whole, 0)", "return whole, 0"),
+]  # fmt: skip
+
+FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *REST]
+
+
+def run(fault: Fault | None) -> subprocess.CompletedProcess[str]:
+    """The tests in a copy of the package, with the fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("ptattn", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        # As setup.py maps it.
+        shutil.copytree(ROOT / "kernels", copy / "ptattn" / "kernels")
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if fault:
+            _insert(fault, copy / "ptattn" / "kernels" / f"{fault.file}.py")
+        environment = dict(os.environ, PYTHONPATH=folder, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+        quick = "not long and not gpu and not unaffected_by_kernels"
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "-m", quick]
+        return subprocess.run(
+            [*command, *TESTS], cwd=folder, env=environment, text=True, capture_output=True,
+            timeout=TIME_LIMIT,
+        )  # fmt: skip
+
+
+def _insert(fault: Fault, path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(
+            f"{fault.file}: {fault.name}: fits {text.count(fault.old)} times, not once"
+        )
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+
+
+def verdict(fault: Fault) -> tuple[bool, str]:
+    """Whether the fault is caught, and by what."""
+    try:
+        done = run(fault)
+    except subprocess.TimeoutExpired:
+        return True, "the tests hang"
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{fault.name}: pytest ended with {done.returncode}:\n{done.stdout}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1, failed[0][:120] if failed else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-k", default="", metavar="PART", help="only faults whose name has this")
+    parser.add_argument("-j", type=int, default=2, metavar="N", help="processes")
+    options = parser.parse_args()
+    if run(None).returncode:
+        print("the tests fail without any fault", file=sys.stderr)
+        return 2
+    faults = [f for f in FAULTS if options.k in f"{f.file}: {f.name}"]
+    caught = 0
+    with ThreadPoolExecutor(options.j) as pool:
+        for fault, (found, by) in zip(faults, pool.map(verdict, faults), strict=True):
+            caught += found
+            print(
+                f"{'caught' if found else 'MISSED':7} {fault.file}: {fault.name}  {by}", flush=True
+            )
+    print(f"{caught} of {len(faults)} caught, {WANTED:.0%} wanted")
+    return 0 if faults and caught >= WANTED * len(faults) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
