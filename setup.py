@@ -29,7 +29,7 @@ setup(
         *(f"ptattn.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"ptattn.kernels": "kernels"},
-    package_data={"ptattn": ["py.typed"]},
+    package_data={"ptattn": ["py.typed"], "ptattn.kernels": ["configs.json"]},
     zip_safe=False,
     install_requires=[
         "torch>=2.6",

@@ -41,7 +41,8 @@ def test_contents(wheel: Path) -> None:
     assert wheel.name.startswith("ptattn-")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"ptattn/__init__.py", "ptattn/kernels/__init__.py", "ptattn/py.typed"} <= names
+    others = {"ptattn/py.typed", "ptattn/kernels/configs.json"}
+    assert {"ptattn/__init__.py", "ptattn/kernels/__init__.py", *others} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ptattn"}
 
@@ -57,7 +58,10 @@ def test_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(unpacked)
     elsewhere.mkdir()
-    code = "import ptattn, ptattn.kernels as k; print(ptattn.__file__); print(k.__file__)"
+    code = (
+        "import ptattn, ptattn.kernels as k; from ptattn.kernels import configs, launch;"
+        "assert configs.table()['default']; print(ptattn.__file__); print(k.__file__)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=elsewhere,
