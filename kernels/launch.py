@@ -27,6 +27,7 @@ SHARED_TILE, FEW_KEYS = 64, 128
 # The window coordinates' fast division is exact below this many tokens.
 MAX_WINDOW = 2**20
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = not isinstance(flash.flash_forward, triton.JITFunction)
 
 

@@ -20,6 +20,8 @@ from .kernels import launch
 
 # Whether the kernels take CPU tensors, and only those: TRITON_INTERPRET=1 when first imported.
 INTERPRETED: bool = launch.INTERPRETED
+# Triton's major and minor version.
+TRITON: tuple[int, int] = launch.TRITON
 # The largest window, in tokens, whose coordinates the kernels divide exactly.
 MAX_WINDOW: int = launch.MAX_WINDOW
 

@@ -40,6 +40,8 @@ def reasons_against(backend: str, *tensors: Tensor, windows: WindowGrid | None =
     except ImportError as error:
         return [f"triton cannot be imported: {error}"]
     reasons = _against_transforms(tensors)
+    if triton.TRITON < (3, 3):  # 3.2 does not compile all kernels
+        reasons.append("triton 3.3 or newer is needed; got {}.{}".format(*triton.TRITON))
     for device in dict.fromkeys(t.device for t in tensors):
         reasons += _against_device(device.type, device.index, triton.INTERPRETED)
     for dtype in dict.fromkeys(t.dtype for t in tensors):

@@ -20,6 +20,7 @@ WANTED = 0.95
 TIME_LIMIT = 900  # seconds; the tests of one fault take less than half of it
 # What would notice a fault in the kernels, the likeliest first.
 TESTS = (
+    "tests/test_launch.py",
     "tests/test_kernels.py",
     "tests/test_triton.py",
     "tests/test_bounds.py",
