@@ -296,10 +296,16 @@ class _Parts:
         return out
 
 
-def _flash_config(kernel: Any, q: Tensor, windows: WindowGrid | None) -> Config:
-    queries = _largest(windows) if windows else q.shape[1]
-    channels = sum(split_channels(q.shape[-1]))
-    return _config(kernel, q, channels=channels, queries=queries, windowed=windows is not None)
+def _flash_config(
+    kernel: Any, q: Tensor, windows: WindowGrid | None, key_mask: Tensor | None
+) -> Config:
+    sizes = dict(
+        channels=sum(split_channels(q.shape[-1])),
+        queries=_largest(windows) if windows else q.shape[1],
+        windowed=windows is not None,
+        masked=key_mask is not None,
+    )
+    return _config(kernel, q, **sizes)
 
 
 def _flash(
@@ -309,7 +315,7 @@ def _flash(
     b, n, h, d = q.shape
     out, lse = _empty(q, b, n, h, d), _empty(q, b, h, n, dtype=_accumulator(q))
     kernel = flash.flash_forward
-    config = _flash_config(kernel, q, windows)
+    config = _flash_config(kernel, q, windows, key_mask)
     blocks = triton.cdiv(_largest(windows) if windows else n, config.rows)
     count = windows.num_windows if windows else 1
     _launch(
@@ -335,7 +341,7 @@ def _flash_backward(
     mask = _bytes(key_mask, out)
 
     kernel = flash.flash_backward_q
-    config = _flash_config(kernel, q, windows)
+    config = _flash_config(kernel, q, windows, key_mask)
     blocks = triton.cdiv(_largest(windows) if windows else n, config.rows)
     _launch(
         kernel, b * count * blocks * h,
@@ -345,7 +351,7 @@ def _flash_backward(
     )  # fmt: skip
 
     kernel = flash.flash_backward_kv
-    config = _flash_config(kernel, q, windows)
+    config = _flash_config(kernel, q, windows, key_mask)
     blocks = triton.cdiv(_largest(windows) if windows else m, config.keys)
     splits = 1 if windows else _splits(n, blocks)
     parts = _Parts(k, splits, need)

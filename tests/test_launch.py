@@ -105,7 +105,9 @@ def test_no_work_for_an_empty_batch():
 
 
 def test_configurations(monkeypatch):
-    found = configs.find("flash_forward", "sm90", bytes=2, channels=80, queries=10**6, windowed=0)
+    found = configs.find(
+        "flash_forward", "sm90", bytes=2, channels=80, queries=10**6, windowed=0, masked=0
+    )
     assert (found.rows, found.keys) == (128, 64)
     monkeypatch.setitem(configs.table(), "x", {"few_keys_forward": [{"max_bytes": 1, "warps": 4}]})
     with pytest.raises(LookupError, match=r"few_keys_forward on x with .*bytes"):
