@@ -26,7 +26,7 @@ test-full: $(VENV)/.stamp-test ## every CPU test, the long ones too
 	HYPOTHESIS_PROFILE=full $(PYTEST_CPU) -m "not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.stamp-test ## the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+	$(BIN)/python -m pytest -m gpu -rs -n logical --maxprocesses 8 $(ARGS)
 
 mutants: $(VENV)/.stamp-test ## whether the tests catch seeded faults in the kernels (ARGS="...")
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -1,7 +1,7 @@
 """The one tolerance rule: no backend may be further from the truth than plain PyTorch is.
 
 With gold, the reference in float64 on the inputs as already rounded to the tested dtype, and eager,
-softmax(scale · q kᵀ) v written out in that dtype, window by window:
+softmax(scale · q kᵀ) v written out in that dtype, window by window, or torch's LayerNorm:
 
     max|ours − gold| ≤ r · max|eager − gold| + 4·eps·max|gold|,   r = 1 forward, 1.5 gradients
     rms(ours − gold) ≤ 1.1 · rms(eager − gold) + 4·eps·rms(gold)
@@ -19,6 +19,7 @@ One input in about a thousand still exceeds it, so a case may draw its inputs on
 import functools
 
 import torch
+import torch.nn.functional as F
 
 import ptattn
 from tests.cases import HALF
@@ -64,44 +65,68 @@ def assert_within_rule(name, ours, gold, eagers, ratio):
             raise error(f"{name}: {what} error {mine:.3g} > {bound:.3g}, eager {max(others):.3g}")
 
 
+# The inputs and outputs of each operation.
+NAMES = {
+    "window_mean": ("x", ("out",)),
+    "layer_norm_window_mean": ("x", ("normed", "means")),
+    "attention": ("qkv", ("out",)),
+    "window_attention": ("qkv", ("out",)),
+}
+
+
+def evaluate(op, function, tensors, dtype, *, grad_out=None, wanted=None, **options):
+    """Outputs, and gradients of the inputs that `wanted` names, by their names.
+
+    `grad_out` is the upstream gradient, one for each output; None asks for no gradients.
+    """
+    names, outputs = NAMES[op]
+    wanted = (names if wanted is None else wanted) if grad_out is not None else ""
+    leaves = {
+        name: t.detach().to(dtype).requires_grad_(name in wanted)
+        for name, t in zip(names, tensors, strict=True)
+    }
+    outs = function(*leaves.values(), **options)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    results = {name: out.detach() for name, out in zip(outputs, outs, strict=True)}
+    if wanted:
+        upstream = grad_out if isinstance(grad_out, tuple) else (grad_out,)
+        sources = {f"d{name}": leaf for name, leaf in leaves.items() if name in wanted}
+        grads = torch.autograd.grad(outs, list(sources.values()), [g.to(dtype) for g in upstream])
+        results |= dict(zip(sources, grads, strict=True))
+    return results
+
+
 def check(op, *tensors, backend, grad_out=None, wanted=None, **options):
     """Hold an operation to the rule, forward and backward.
 
     Args:
-        op: "window_mean", "attention" or "window_attention".
+        op: a name of NAMES.
         tensors: x, or q, k and v.
         backend: the backend under test.
-        grad_out: upstream gradient, in the tested dtype; None checks the forward only.
+        grad_out: upstream gradient, in the tested dtype, or a tuple of one for each output; None
+            checks the forward only.
         wanted: names of the inputs that require grad, such as "qv"; all by default.
         options: what else the operation takes.
     """
-    names = "x" if op == "window_mean" else "qkv"
-    wanted = (names if wanted is None else wanted) if grad_out is not None else ""
-    run = getattr(ptattn, op)
+    run = getattr(ptattn.ops, op)
     dtype = tensors[0].dtype
-
-    def evaluate(function, dtype, **options):
-        leaves = [
-            t.detach().to(dtype).requires_grad_(name in wanted)
-            for name, t in zip(names, tensors, strict=True)
-        ]
-        out = function(*leaves, **options)
-        if not wanted:
-            return [out]
-        sources = [leaf for leaf in leaves if leaf.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, sources, grad_out.to(dtype))]
-
-    ours = evaluate(run, dtype, backend=backend, **options)
-    gold = evaluate(run, torch.float64, backend="reference", **options)
+    gradients = dict(grad_out=grad_out, wanted=wanted)
+    ours = evaluate(op, run, tensors, dtype, **gradients, backend=backend, **options)
+    exact = dict(backend="reference", **options)
+    gold = evaluate(op, run, tensors, torch.float64, **gradients, **exact)
     orders = 1 if dtype in HALF else ORDERS
-    eagers = [evaluate(_EAGER[op], dtype, order=i, **options) for i in range(orders)]
-
-    assert ours[0].is_contiguous(), "out: not contiguous"
-    for i, name in enumerate(["out", *(f"d{name}" for name in names if name in wanted)]):
-        got = (ours[i].shape, ours[i].dtype, ours[i].device)
-        assert got == (gold[i].shape, dtype, tensors[0].device), f"{name}: {got}"
-        ratio = FORWARD if name == "out" else GRADIENT
-        assert_within_rule(name, ours[i], gold[i], [e[i] for e in eagers], ratio)
+    eagers = [
+        evaluate(op, _EAGER[op], tensors, dtype, **gradients, order=i, **options)
+        for i in range(orders)
+    ]
+    outputs = NAMES[op][1]
+    assert ours.keys() == gold.keys()
+    for name, mine in ours.items():
+        got = (mine.shape, mine.dtype, mine.device)
+        assert got == (gold[name].shape, dtype, tensors[0].device), f"{name}: {got}"
+        assert mine.is_contiguous() or name not in outputs, f"{name}: not contiguous"
+        ratio = FORWARD if name in outputs else GRADIENT
+        assert_within_rule(name, mine, gold[name], [e[name] for e in eagers], ratio)
 
 
 def _max(x):
@@ -159,8 +184,24 @@ def _eager_window_mean(x, grid, window, order=0):
     return torch.stack([x[:, m].mean(1) for m in members], dim=1)
 
 
+def _eager_layer_norm_window_mean(x, grid, window, eps=1e-6, order=0):
+    """With `order`, the norm is of the channels in another order, and for odd ones written out."""
+    means = _eager_window_mean(x, grid, window, order)
+    channels = torch.arange(x.shape[-1])
+    if order:
+        channels = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(order))
+    y = x[..., channels]
+    if order % 2:
+        y = y - y.mean(-1, keepdim=True)
+        y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
+    else:
+        y = F.layer_norm(y, y.shape[-1:], eps=eps)
+    return y[..., channels.argsort()], means
+
+
 _EAGER = {
     "window_mean": _eager_window_mean,
+    "layer_norm_window_mean": _eager_layer_norm_window_mean,
     "attention": _eager_attention,
     "window_attention": _eager_window_attention,
 }

@@ -1,0 +1,371 @@
+"""Compile every default configuration for GPUs that need not be there, and check what comes out.
+
+    python -m benchmarks.aot [--arch sm90] [--only "bf16 D72"] [--json FILE]
+
+On all architectures a kernel must build and fit the shared memory, and a forward kernel must not
+spill. On sm90 none may spill or have a stack, every matrix product must run on wgmma, tiles must be
+loaded 16 bytes at a time, and two programs of a forward attention must fit a multiprocessor.
+Kernels in fp32 must only build and fit. Exit status 1 if a check fails.
+
+In the table, spills are in bytes (registers on AMD), "16-byte" has the loads that there are and
+that the tiles take, and "useful" is the share of the multiplied numbers that is no padding.
+"serial" stands where ptxas makes each wgmma wait for the one before. That fails no check: what
+avoids it, loads that are not pipelined, may cost more.
+
+Times are predicted for an H200, by `roofline`, at one sample of 16 heads and 128 x 128 tokens, or
+8 x 64 x 64 tokens where the window has frames. Windows of attention are shifted by half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import compiled, roofline
+from benchmarks.compiled import Compiled
+from benchmarks.roofline import Prediction, Work
+from ptattn.geometry import Triple, WindowGrid
+from ptattn.kernels import launch
+from ptattn.kernels.launch import Launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HEADS, IMAGE, VIDEO = 16, (1, 128, 128), (8, 64, 64)
+WINDOWS = ((1, 2, 2), (1, 4, 4), (1, 8, 8), (1, 16, 16), (4, 16, 16))
+# Of dense attention: queries, keys, masked. The last are proxies among themselves.
+DENSE = (
+    *((128 * 128, keys, False) for keys in (64, 128, 256, 768)),
+    *((128 * 128, keys, True) for keys in (128, 256)),
+    (768, 768, False),
+)
+CHANNELS = (384, 1152)
+HEAD_DIMS = {"bf16": (48, 64, 72, 128), "fp32": (72,)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation, forward and backward; `width` is the head dim, or the channels of a pool."""
+
+    op: str  # "window", "dense" or "pool"
+    dtype: str
+    width: int
+    window: Triple = (1, 1, 1)
+    queries: int = 0
+    keys: int = 0
+    masked: bool = False
+    norm: bool = False
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.window))
+        if self.op == "dense":
+            size = f"{self.queries} to {self.keys}"
+        return f"{size}{' masked' * self.masked}{' norm' * self.norm}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.dtype} {'C' if self.op == 'pool' else 'D'}{self.width}"
+
+    @property
+    def grid(self) -> Triple:
+        return IMAGE if self.window[0] == 1 else VIDEO
+
+    def launches(self, arch: str) -> list[Launch]:
+        with launch.record(arch) as launches:
+            {"window": self._window, "dense": self._dense, "pool": self._pool}[self.op]()
+        return launches
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+    def _window(self) -> None:
+        windows = WindowGrid(self.grid, self.window).shifted()
+        q, k, v = self._empty(1, windows.num_tokens, 3, HEADS, self.width).unbind(2)
+        scale = self.width**-0.5
+        out, lse = launch.window_attention(q, k, v, windows, scale)
+        g = torch.empty_like(out)
+        launch.window_attention_backward(q, k, v, windows, scale, out, lse, g, (True,) * 3)
+
+    def _dense(self) -> None:
+        q = self._empty(1, self.queries, HEADS, self.width)
+        k, v = self._empty(1, self.keys, 2, HEADS, self.width).unbind(2)
+        mask = torch.empty(1, self.keys, dtype=torch.bool, device="meta") if self.masked else None
+        scale = self.width**-0.5
+        out, lse = launch.attention(q, k, v, mask, scale)
+        g = torch.empty_like(out)
+        launch.attention_backward(q, k, v, mask, scale, out, lse, g, (True,) * 3)
+
+    def _pool(self) -> None:
+        windows = WindowGrid(self.grid, self.window)
+        x = self._empty(1, windows.num_tokens, self.width)
+        eps = 1e-6 if self.norm else None
+        means, normed = launch.pool(x, windows, eps)
+        dmeans, dnormed = torch.empty_like(means), torch.empty_like(normed)
+        launch.pool_backward(dmeans, windows, (x, dnormed, eps) if eps else None)
+
+
+def cases() -> Iterator[Case]:
+    for dtype, head_dims in HEAD_DIMS.items():
+        for width in head_dims:
+            for window in WINDOWS:
+                yield Case("window", dtype, width, window)
+            for queries, keys, masked in DENSE:
+                yield Case("dense", dtype, width, queries=queries, keys=keys, masked=masked)
+        for width, window, norm in itertools.product(CHANNELS, WINDOWS, (False, True)):
+            yield Case("pool", dtype, width, window, norm=norm)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A launch by its place among those of a case, as launches cannot pass between processes."""
+
+    case: Case
+    index: int
+
+    def launch(self, arch: str) -> Launch:
+        return self.case.launches(arch)[self.index]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation, for all launches that share it."""
+
+    arch: str
+    kernel: str
+    uses: tuple[Use, ...]
+    dialect: str = "sass"
+
+    @property
+    def label(self) -> str:
+        return f"{self.arch} {self.uses[0].case.label} {self.kernel} {self.uses[0].case}"
+
+
+def jobs(arch: str, of: Iterable[Case], dialect: str = "sass") -> list[Job]:
+    """Distinct compilations."""
+    uses: dict[tuple[Any, ...], list[Use]] = {}
+    for case in of:
+        for index, recorded in enumerate(case.launches(arch)):
+            code, config = compiled.source(recorded), recorded.config
+            constants = str(code.constants)
+            key = (code.name, str(code.signature), constants, config.warps, config.stages)
+            uses.setdefault(key, []).append(Use(case, index))
+    return [Job(arch, key[0], tuple(own), dialect) for key, own in uses.items()]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one launch; seconds on an H200."""
+
+    case: str
+    programs: int
+    work: Work
+    predicted: Prediction | None  # where the kernel is compiled for it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A compilation, what it gave or why it failed, and every launch of it."""
+
+    job: Job
+    tile: str
+    warps: int
+    stages: int
+    compiled: Compiled | None
+    error: str
+    timings: tuple[Timing, ...] = ()
+
+    @property
+    def per_sm(self) -> int | None:
+        if self.compiled is None or self.job.arch != "sm90":
+            return None
+        registers, shared = self.compiled.resources.registers, self.compiled.shared
+        return roofline.programs_per_sm(registers, shared, self.warps)
+
+
+def run(job: Job) -> Row:
+    first = job.uses[0].launch(job.arch)
+    built, error = None, ""
+    try:
+        built = compiled.build(first, job.arch, job.dialect)
+    except Exception as raised:  # whatever a compiler raises is this row's failed check
+        error = f"{type(raised).__name__}: {raised}"
+    sizes = [first.constants[name] for name in ("ROWS", "KEYS", "BLOCK") if name in first.constants]
+    tile = "x".join(map(str, sizes))
+    row = Row(job, tile, first.config.warps, first.config.stages, built, error)
+    timings = tuple(_timing(use, job.arch, row.per_sm) for use in job.uses)
+    return replace(row, timings=timings)
+
+
+def _timing(use: Use, arch: str, per_sm: int | None) -> Timing:
+    recorded = use.launch(arch)
+    work = roofline.work(recorded)
+    predicted = None
+    if per_sm is not None:
+        predicted = roofline.predict(work, recorded.programs, per_sm, DTYPES[use.case.dtype])
+    return Timing(f"{use.case.label} {use.case}", recorded.programs, work, predicted)
+
+
+def failures(row: Row) -> list[str]:
+    """The checks that a row fails, each in words."""
+    job, built = row.job, row.compiled
+    if built is None:
+        return [f"does not build: {row.error}"]
+    limit = roofline.SHARED_LIMITS[job.arch]
+    found = []
+    if built.shared > limit:
+        found.append(f"{built.shared} bytes of shared memory, of {limit}")
+    if job.uses[0].case.dtype == "fp32":
+        return found
+    forward = job.kernel.endswith("_forward")
+    resources = built.resources
+    if (forward or job.arch == "sm90") and (resources.spilled or resources.stack):
+        unit = "registers" if job.arch.startswith("gfx") else "bytes"
+        found.append(f"spills {resources.spilled} {unit}; stack of {resources.stack} bytes")
+    if job.arch == "sm90":
+        found += _failures_on_hopper(row, built)
+    return found
+
+
+def _failures_on_hopper(row: Row, built: Compiled) -> Iterator[str]:
+    instructions, tiles = built.instructions, built.tiles
+    if tiles.elsewhere or instructions.other_products or instructions.wgmma < tiles.on_wgmma:
+        yield (
+            f"{instructions.wgmma} wgmma instructions and {instructions.other_products} older ones "
+            f"for {tiles.on_wgmma} products on wgmma; not on it: {list(tiles.elsewhere)}"
+        )
+    if instructions.wide_loads < tiles.wide_loads:
+        yield f"{instructions.wide_loads} loads of 16 bytes; its tiles take {tiles.wide_loads}"
+    attention_forward = row.job.kernel.endswith("_forward") and row.job.kernel in roofline.PRODUCTS
+    if attention_forward and row.per_sm < 2:
+        yield f"{row.per_sm} program per multiprocessor"
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    show: Callable[[Row], str]
+    narrow: bool = True  # shown on a narrow terminal too
+
+
+COLUMNS = (
+    Column("arch", lambda row: row.job.arch),
+    Column("width", lambda row: row.job.uses[0].case.label),
+    Column("kernel", lambda row: row.job.kernel),
+    Column("case", lambda row: str(row.job.uses[0].case)),
+    Column("tile", lambda row: row.tile, narrow=False),
+    Column("warps", lambda row: str(row.warps), narrow=False),
+    Column("stages", lambda row: str(row.stages), narrow=False),
+    Column("regs", lambda row: _of(row, lambda built: built.resources.registers)),
+    Column("shared", lambda row: _of(row, lambda built: built.shared), narrow=False),
+    Column("spill", lambda row: _of(row, lambda built: built.resources.spilled)),
+    Column("wgmma", lambda row: _of(row, _wgmma), narrow=False),
+    Column("16-byte", lambda row: _of(row, _wide_loads), narrow=False),
+    Column("per SM", lambda row: "" if row.per_sm is None else str(row.per_sm), narrow=False),
+    Column("useful", lambda row: f"{row.timings[0].work.useful_share:.0%}", narrow=False),
+    Column("µs", lambda row: _microseconds(row.timings[0])),
+    Column("build s", lambda row: _of(row, lambda built: f"{built.seconds:.1f}"), narrow=False),
+    Column("check", lambda row: "FAILED" if failures(row) else "ok"),
+)
+
+
+def _of(row: Row, value: Callable[[Compiled], Any]) -> str:
+    return "" if row.compiled is None else str(value(row.compiled))
+
+
+def _wgmma(built: Compiled) -> str:
+    if built.tiles is None or built.tiles.on_wgmma + len(built.tiles.elsewhere) == 0:
+        return ""
+    if built.tiles.elsewhere or built.instructions.other_products:
+        return "no"
+    return "serial" if built.resources.serialized else "yes"
+
+
+def _wide_loads(built: Compiled) -> str:
+    if built.tiles is None or built.tiles.wide_loads == 0:
+        return ""
+    return f"{built.instructions.wide_loads}/{built.tiles.wide_loads}"
+
+
+def _microseconds(timing: Timing) -> str:
+    return "" if timing.predicted is None else f"{timing.predicted.total * 1e6:.1f}"
+
+
+def table(rows: Sequence[Row], width: int) -> str:
+    """All columns where they fit."""
+    text = _table(rows, COLUMNS)
+    if len(text.splitlines()[0]) > width:
+        text = _table(rows, [column for column in COLUMNS if column.narrow])
+    return text
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    cells = [[c.title for c in columns], *([c.show(row) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(lines)
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    job = row.job
+    return {
+        "label": job.label,
+        "arch": job.arch,
+        "kernel": job.kernel,
+        "tile": row.tile,
+        "warps": row.warps,
+        "stages": row.stages,
+        "programs_per_sm": row.per_sm,
+        "compiled": row.compiled and asdict(row.compiled),
+        "failures": failures(row),
+        "launches": [asdict(timing) for timing in row.timings],
+    }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases, such as 'bf16 D72'")
+    parser.add_argument("--ptx", action="store_true", help="read PTX, not SASS: sooner done")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def select(args: argparse.Namespace) -> list[Job]:
+    of = [case for case in cases() if re.search(args.only, f"{case.label} {case}")]
+    dialect = "ptx" if args.ptx else "sass"
+    return [job for arch in args.arch for job in jobs(arch, of, dialect)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if launch.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    selected = select(args)
+    with ProcessPoolExecutor(args.processes) as pool:
+        rows = []
+        for row in pool.map(run, selected):
+            rows.append(row)
+            if sys.stderr.isatty():
+                print(f"\r{len(rows)} of {len(selected)} compiled", end="\r", file=sys.stderr)
+    if args.json:
+        args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1), encoding="utf-8")
+    print(table(rows, shutil.get_terminal_size().columns))
+    failed = [f"{row.job.label}: {text}" for row in rows for text in failures(row)]
+    print(f"\nCompiled: {len(rows)}. Failed checks: {len(failed)}.", *failed, sep="\n")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The gate before every time: outputs and gradients against float64, by the rule of the tests.
+
+Heads do not depend on one another, nor do samples, so the first head of the first sample and the
+last of the last are checked whole, against the formula below in float64 and in the case's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_cases import DENSE, MEANS, Case, Inputs
+from ptattn.geometry import WindowGrid
+from tests.tolerance import FORWARD, GRADIENT, assert_within_rule
+
+# Relative error allowed to an opponent in bf16, in the norm, against ours, which has been checked.
+OPPONENT = 2e-2
+
+
+class WrongError(AssertionError):
+    """A result that the rule does not allow: it has no speed."""
+
+
+def check(case: Case, inputs: Inputs) -> dict[str, float]:
+    """Hold ours to the rule; the error of each output and gradient as a share of plain torch's.
+
+    Raises:
+        WrongError: naming what is wrong.
+    """
+    outs = case.call("triton", inputs.tensors, inputs.key_mask)
+    grads = torch.autograd.grad(outs, inputs.tensors, inputs.upstream)
+    errors: dict[str, float] = {}
+    for part in _parts(case):
+        for name, share in _check_part(case, inputs, outs, grads, part).items():
+            errors[name] = max(share, errors.get(name, 0.0))
+    return errors
+
+
+def check_opponent(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Raise WrongError where an opponent computes something else."""
+    for mine, other in zip(ours, theirs, strict=True):
+        size = mine.float().norm()
+        error = ((other.float() - mine.float()).norm() / size).item()
+        if not error <= OPPONENT:
+            raise WrongError(f"error {error:.1e} against ours, limit {OPPONENT:.0e}")
+
+
+def _parts(case: Case) -> list[tuple[slice, slice]]:
+    """Samples and heads to check; means have no heads."""
+    first, last = slice(0, 1), slice(-1, None)
+    if case.op in MEANS:
+        parts = [(first, slice(None)), (last, slice(None))]
+        return parts[: min(2, case.batch)]
+    return [(first, first), (last, last)]
+
+
+def _cut(t: Tensor, part: tuple[slice, slice]) -> Tensor:
+    sample, head = part
+    return t[sample, :, head] if t.ndim == 4 else t[sample]
+
+
+def _check_part(
+    case: Case,
+    inputs: Inputs,
+    outs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    part: tuple[slice, slice],
+) -> dict[str, float]:
+    tensors, upstream = (
+        [_cut(t.detach(), part) for t in ts] for ts in (inputs.tensors, inputs.upstream)
+    )
+    mask = None if inputs.key_mask is None else inputs.key_mask[part[0]]
+    gold, eager = (
+        _evaluate(case, tensors, upstream, mask, dtype)
+        for dtype in (torch.float64, tensors[0].dtype)
+    )
+    ours = [_cut(t.detach(), part) for t in (*outs, *grads)]
+    shares = {}
+    for i, (name, mine) in enumerate(zip(_names(case), ours, strict=True)):
+        ratio = FORWARD if i < len(outs) else GRADIENT
+        try:
+            assert_within_rule(name, mine, gold[i], [eager[i]], ratio)
+        except AssertionError as error:
+            raise WrongError(str(error)) from error
+        worst, allowed = ((t.double() - gold[i]).abs().max().item() for t in (mine, eager[i]))
+        shares[name] = worst / allowed if allowed else float(worst > 0)
+    return shares
+
+
+def _names(case: Case) -> tuple[str, ...]:
+    if case.op == "pool":
+        return "normed", "means", "dx"
+    return ("means", "dx") if case.op == "mean" else ("out", "dq", "dk", "dv")
+
+
+def _evaluate(
+    case: Case,
+    tensors: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    mask: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    outs = tuple(formula(case, leaves, mask))
+    grads = torch.autograd.grad(outs, leaves, [g.to(dtype) for g in upstream])
+    return [t.detach() for t in (*outs, *grads)]
+
+
+def formula(case: Case, tensors: Sequence[Tensor], key_mask: Tensor | None) -> Iterator[Tensor]:
+    """The outputs in plain torch, in the dtype of the inputs; windows are gathered side by side."""
+    if case.op in DENSE:
+        present = None if key_mask is None else key_mask[:, None, None]
+        yield _attention(*tensors, case.head_dim**-0.5, present)
+        return
+    slots, present = _slots(case.windows, tensors[0].device)
+    if case.op in MEANS:
+        (x,) = tensors
+        if case.op == "pool":
+            yield F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        members = torch.where(present[..., None], x[:, slots], 0)
+        yield members.sum(2) / present.sum(1)[:, None].to(x.dtype)
+        return
+    q, k, v = (t[:, slots].flatten(0, 1) for t in tensors)  # (B·W, P, H, D)
+    keys = present.repeat(tensors[0].shape[0], 1)[:, None, None]
+    out = _attention(q, k, v, case.head_dim**-0.5, keys)
+    out = out.unflatten(0, (tensors[0].shape[0], -1))[:, present]
+    yield out[:, slots[present].argsort()]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, present: Tensor | None) -> Tensor:
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
+    if present is not None:
+        scores = scores.masked_fill(~present, float("-inf"))
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+
+
+def _slots(windows: WindowGrid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tokens of every window, (W, P), and which of the places hold one."""
+    ids = windows.window_ids(device)
+    order = ids.argsort(stable=True)
+    sizes = torch.bincount(ids)
+    place = torch.arange(int(sizes.max()), device=device)
+    present = place < sizes[:, None]
+    starts = sizes.cumsum(0) - sizes
+    slots = order[(starts[:, None] + place).clamp(max=len(order) - 1)]
+    return torch.where(present, slots, 0), present
