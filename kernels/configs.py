@@ -33,7 +33,7 @@ def table() -> dict[str, dict[str, list[dict[str, int]]]]:
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
-@functools.cache
+@functools.lru_cache(1024)  # sizes have no end
 def find(kernel: str, arch: str, **sizes: int) -> Config:
     """The configuration of a kernel on an architecture such as "sm90"."""
     entries = table().get(arch, {}).get(kernel) or table()["default"][kernel]

@@ -119,12 +119,14 @@ def few_keys_backward(
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
         # Transposed, [keys, queries]: so the weights enter two of the products as they are.
         s = outer(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, present[:, None] & valid[None, :], 0)
-        p /= total[None, :]
+        pair = present[:, None] & valid[None, :]
+        p, total = softmax(s, pair, 0)
+        p = tl.where(pair, p / total[None, :], 0.0)
         if NEED_V:
             dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, D1, PRECISION)
         if NEED_Q or NEED_K:
-            ds = softmax_gradient(p, outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale
+            dp = outer(v0, v1, g0, g1, D1, PRECISION)
+            ds = softmax_gradient(p, dp, pair, 0) * scale
             if NEED_Q:
                 x0, x1 = product(tl.trans(ds), k0, k1, D1, PRECISION)
                 store_rows(dq, row, heads * D, valid, x0, x1, D, D0, D1, OUT)

@@ -5,12 +5,7 @@ Tensors are as in `ptattn.ops`, with the last stride 1; geometry is a WindowGrid
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,113 +16,34 @@ from ..geometry import WindowGrid
 from . import configs, few_keys, flash, reduce, window
 from . import pool as pool_kernels
 from .configs import Config
+from .runtime import INTERPRETED, TRITON, KernelError, Launch, arch, record, start
+
+__all__ = [
+    "FEW_KEYS",
+    "INTERPRETED",
+    "MAX_WINDOW",
+    "TRITON",
+    "KernelError",
+    "Launch",
+    "attention",
+    "attention_backward",
+    "loops_over_windows",
+    "pool",
+    "pool_backward",
+    "record",
+    "split_channels",
+    "window_attention",
+    "window_attention_backward",
+]
 
 # A window of more tokens, or an attention to more keys, loops over its keys.
 SHARED_TILE, FEW_KEYS = 64, 128
 # The window coordinates' fast division is exact below this many tokens.
 MAX_WINDOW = 2**20
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-INTERPRETED = not isinstance(flash.flash_forward, triton.JITFunction)
-
-
-class KernelError(RuntimeError):
-    """A kernel did not compile or does not fit the device; names kernel, shapes, configuration."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel's launch."""
-
-    kernel: Any
-    programs: int
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-    config: Config
-
-    def run(self, device: torch.device) -> None:
-        options = dict(num_warps=self.config.warps, num_stages=self.config.stages)
-        try:
-            with _interpretable(self.args) if INTERPRETED else _on(device, self.args) as args:
-                self.kernel[(self.programs,)](*args, **self.constants, **options)
-        except (triton.CompilationError, triton.OutOfResources) as error:
-            shapes = [tuple(a.shape) for a in self.args if isinstance(a, Tensor)]
-            raise KernelError(
-                f"{self.kernel.__name__} failed for tensors of shapes {shapes} with {self.config} "
-                f"and {self.constants}: {error}"
-            ) from error
-
-
-@contextmanager
-def _on(device: torch.device, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    with torch.cuda.device(device):
-        yield args
-
-
-@contextmanager
-def _interpretable(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The arguments with every bfloat16 memory as float32, rounded back afterwards: the interpreter
-    multiplies bfloat16 as bit patterns. It also warns of the infinities and NaN of masked rows."""
-    memories: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def exact(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.dtype != torch.bfloat16:
-            return t
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in memories:
-            whole = t.new_empty(0).set_(storage)
-            memories[storage.data_ptr()] = whole, whole.float()
-        return memories[storage.data_ptr()][1].as_strided(t.shape, t.stride(), t.storage_offset())
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield tuple(exact(a) for a in args)
-    for whole, copy in memories.values():
-        whole.copy_(copy)
-
-
-@dataclass
-class _Recorder:
-    arch: str
-    launches: list[Launch]
-
-
-_recorder: _Recorder | None = None
-
-
-@contextmanager
-def record(arch: str) -> Iterator[list[Launch]]:
-    """Collect launches as they would be on an architecture, such as "sm90", and run none."""
-    global _recorder
-    outer, _recorder = _recorder, _Recorder(arch, [])
-    try:
-        yield _recorder.launches
-    finally:
-        _recorder = outer
-
-
-def _launch(kernel: Any, programs: int, *args: Any, config: Config, **constants: Any) -> None:
-    launch = Launch(kernel, programs, args, constants, config)
-    if _recorder is not None:
-        _recorder.launches.append(launch)
-    elif programs:
-        launch.run(args[0].device)
-
 
 def _config(kernel: Any, x: Tensor, **sizes: int) -> Config:
-    arch = _recorder.arch if _recorder else _arch(x.device)
-    return configs.find(kernel.__name__, arch, bytes=x.element_size(), **sizes)
-
-
-@functools.cache
-def _arch(device: torch.device) -> str:
-    """ "sm90", "gfx942" or "cpu"."""
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
+    return configs.find(kernel.__name__, arch(x.device), bytes=x.element_size(), **sizes)
 
 
 def split_channels(channels: int) -> tuple[int, int]:
@@ -199,7 +115,7 @@ def _sum_splits(parts: Tensor, out: Tensor) -> None:
     outer, splits, inner = parts.shape
     block = 1024
     programs = outer * triton.cdiv(inner, block)
-    _launch(
+    start(
         reduce.sum_splits, programs, parts, out, splits, inner, BLOCK=block, config=Config(warps=4)
     )
 
@@ -218,7 +134,7 @@ def attention(
     kernel = few_keys.few_keys_forward
     sizes, config = _few_keys(kernel, q, m)
     splits = triton.cdiv(n, config.rows * 4)
-    _launch(
+    start(
         kernel, b * splits * h,
         q, k, v, _bytes(key_mask, out), out, *_strides(q, k, v), n, m, h, splits, scale,
         MASKED=key_mask is not None, **sizes, **_tiles(q, k, v), config=config,
@@ -239,7 +155,7 @@ def attention_backward(
     splits = _splits(n, 1)
     dq = _empty(q, *(q.shape if need[0] else (0,)))
     parts = _Parts(k, splits, need)
-    _launch(
+    start(
         kernel, b * splits * h,
         q, k, v, _bytes(key_mask, dq), g, dq, *parts.tensors, *_strides(q, k, v, g),
         n, m, h, splits, scale,
@@ -318,7 +234,7 @@ def _flash(
     config = _flash_config(kernel, q, windows, key_mask)
     blocks = triton.cdiv(_largest(windows) if windows else n, config.rows)
     count = windows.num_windows if windows else 1
-    _launch(
+    start(
         kernel, b * count * blocks * h,
         q, k, v, _bytes(key_mask, out), out, lse, *_strides(q, k, v),
         n, k.shape[1], h, blocks, abs(scale), *_geometry(windows),
@@ -343,7 +259,7 @@ def _flash_backward(
     kernel = flash.flash_backward_q
     config = _flash_config(kernel, q, windows, key_mask)
     blocks = triton.cdiv(_largest(windows) if windows else n, config.rows)
-    _launch(
+    start(
         kernel, b * count * blocks * h,
         q, k, v, mask, out, g, lse, delta, dq, *_strides(q, k, v, g),
         n, m, h, blocks, scale, *_geometry(windows),
@@ -356,7 +272,7 @@ def _flash_backward(
     splits = 1 if windows else _splits(n, blocks)
     parts = _Parts(k, splits, need)
     if need[1] or need[2]:
-        _launch(
+        start(
             kernel, b * count * blocks * splits * h,
             q, k, v, mask, g, lse, delta, *parts.tensors, *_strides(q, k, v, g),
             n, m, h, blocks, splits, scale, *_geometry(windows),
@@ -379,7 +295,7 @@ def window_attention(
     out = _empty(q, b, n, h, d)
     kernel = window.window_forward
     sizes, config, tiles = _shared_tile(kernel, q, windows)
-    _launch(
+    start(
         kernel, b * tiles * h,
         q, k, v, out, *_strides(q, k, v), h, scale, *_geometry(windows),
         **sizes, **_tiles(q, k, v), config=config,
@@ -397,7 +313,7 @@ def window_attention_backward(
     dq, dk, dv = (_empty(q, *(q.shape if needed else (0,))) for needed in need)
     kernel = window.window_backward
     sizes, config, tiles = _shared_tile(kernel, q, windows)
-    _launch(
+    start(
         kernel, q.shape[0] * tiles * q.shape[2],
         q, k, v, g, dq, dk, dv, *_strides(q, k, v, g), q.shape[2], scale, *_geometry(windows),
         **_needs(need), **sizes, **_tiles(q, k, v, g), config=config,
@@ -408,8 +324,9 @@ def window_attention_backward(
 def _shared_tile(kernel: Any, q: Tensor, windows: WindowGrid) -> tuple[dict[str, int], Config, int]:
     slots = triton.next_power_of_2(math.prod(windows.window))
     config = _config(kernel, q, channels=sum(split_channels(q.shape[-1])))
-    tiles = triton.cdiv(windows.num_windows, config.rows // slots)
-    return dict(SLOTS=slots, ROWS=config.rows), config, tiles
+    rows = max(config.rows, slots)
+    tiles = triton.cdiv(windows.num_windows, rows // slots)
+    return dict(SLOTS=slots, ROWS=rows), config, tiles
 
 
 # Window means.
@@ -424,7 +341,7 @@ def pool(x: Tensor, windows: WindowGrid, eps: float | None) -> tuple[Tensor, Ten
     means = _empty(x, b, m, c)
     parts = means if splits == 1 else _empty(x, b * m, splits, c, dtype=_accumulator(x))
     normed = _empty(x, *((0,) if eps is None else x.shape))
-    _launch(
+    start(
         pool_kernels.pool_forward, b * m * splits,
         x, parts, normed, *_strides(x), splits, eps or 0.0, *_geometry(windows),
         NORM=eps is not None, STAGES=config.stages, **tile, ALIGN=_align(x), config=config,
@@ -443,7 +360,7 @@ def pool_backward(
     tile, config = _pool_tile(pool_kernels.pool_backward, dmeans, 16)
     dx = _empty(dmeans, b, n, c)
     x, dnormed, eps = norm or (dx, dx, 0.0)
-    _launch(
+    start(
         pool_kernels.pool_backward, b * triton.cdiv(n, tile["ROWS"]),
         x, dnormed, dmeans, dx, *_strides(x, dnormed, dmeans), eps, *_geometry(windows),
         NORM=norm is not None, **tile, ALIGN=_align(x, dnormed, dmeans), config=config,

@@ -141,13 +141,13 @@ def window_backward(
     pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
     s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
     p, total = softmax(s, pair, 1)
-    p /= total[:, None]
+    p = tl.where(pair, p / total[:, None], 0.0)
     if NEED_V:
         x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
         store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
     if NEED_Q or NEED_K:
-        dp = tl.where(pair, outer(g0, g1, v0, v1, D1, PRECISION), 0.0)
-        ds = softmax_gradient(p, dp, 1) * scale
+        dp = outer(g0, g1, v0, v1, D1, PRECISION)
+        ds = softmax_gradient(p, dp, pair, 1) * scale
         if NEED_Q:
             x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
             store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)

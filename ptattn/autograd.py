@@ -53,7 +53,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, attention runs in its dtype, as torch's own does; float64 stays."""
     device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    known = torch.amp.is_autocast_available(device)  # not for the meta device
+    if tensors[0].dtype == torch.float64 or not known or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 

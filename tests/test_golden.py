@@ -31,8 +31,19 @@ def test_the_golden_files_are_there():
     assert len(FILES) == 4
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# The interpreter takes 10 s and more for a file; one of images is enough for every change.
+CASES = [
+    pytest.param(path, backend, id=f"{path.stem}-{backend}", marks=marks)
+    for path in FILES
+    for backend, marks in (
+        ("reference", ()),
+        ("sdpa", ()),
+        ("triton", () if path.stem == "image_16x16_w4" else pytest.mark.long),
+    )
+]
+
+
+@pytest.mark.parametrize(("path", "backend"), CASES)
 def test_matches_the_release(path, backend):
     golden, weights, config = read(path)
     model = checkpoint.from_official(weights, config, backend=backend)

@@ -1,19 +1,42 @@
 """What holds on every grid; hypothesis looks for one where it does not."""
 
+import functools
+import inspect
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ptattn
 from ptattn.geometry import WindowGrid
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "sdpa", "triton")
 OPS = ("window_mean", "attention", "window_attention")
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_op = pytest.mark.parametrize("op", OPS)
+# One example in so many is left to the interpreted kernels, which take 20 ms per program.
+FEWER = 15
+
+
+def for_all(**strategies):
+    """Hypothesis's `given`, for tests of a backend: as many examples as that one has time for."""
+
+    def decorate(check):
+        @functools.wraps(check)
+        def test(**fixed):
+            examples = settings.default.max_examples
+            if fixed["backend"] == "triton":
+                examples = math.ceil(examples / FEWER)
+            settings(max_examples=examples)(given(**strategies)(check))(**fixed)
+
+        signature = inspect.signature(check)
+        fixed = [p for name, p in signature.parameters.items() if name not in strategies]
+        test.__signature__ = signature.replace(parameters=fixed)  # what pytest is to pass
+        return test
+
+    return decorate
 
 
 @st.composite
@@ -67,7 +90,8 @@ def run_backward(op, tensors, windows, backend, grad_out=None, key_mask=None):
 
 # The reference uses batched products, and MKL rounds a matrix by its place in the batch: as item 0
 # and as item 1 it differs in its last bits. Flash attention multiplies one matrix after the other.
-BITWISE = {"reference": torch.float64, "sdpa": torch.float32}
+# A triton program multiplies one head's matrices.
+BITWISE = {"reference": torch.float64, "sdpa": torch.float32, "triton": torch.float32}
 
 
 def assert_unaffected(got, expected):
@@ -84,9 +108,9 @@ def assert_same_math(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
-@both_backends
+@every_backend
 @every_op
-@given(windows=grids(), batch=st.integers(2, 4), seed=seeds)
+@for_all(windows=grids(), batch=st.integers(2, 4), seed=seeds)
 def test_sample_alone_is_sample_in_batch(op, backend, windows, batch, seed):
     tensors = qkv(windows, seed, batch=batch, dtype=BITWISE[backend])
     mask = torch.rand(batch, windows.num_tokens) < 0.5
@@ -99,9 +123,9 @@ def test_sample_alone_is_sample_in_batch(op, backend, windows, batch, seed):
             assert_unaffected(a, b[one])
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("op", ["attention", "window_attention"])
-@given(windows=grids(), order=st.permutations(range(3)), seed=seeds)
+@for_all(windows=grids(), order=st.permutations(range(3)), seed=seeds)
 def test_heads_are_independent(op, backend, windows, order, seed):
     tensors = qkv(windows, seed, heads=3, dtype=BITWISE[backend])
     results, grad_out = run_backward(op, tensors, windows, backend)
@@ -111,8 +135,8 @@ def test_heads_are_independent(op, backend, windows, order, seed):
         assert_unaffected(a, b[:, :, order])
 
 
-@both_backends
-@given(windows=grids(shifted=False, divisible=True), steps=st.tuples(*[batches] * 3), seed=seeds)
+@every_backend
+@for_all(windows=grids(shifted=False, divisible=True), steps=st.tuples(*[batches] * 3), seed=seeds)
 def test_rolling_by_whole_windows(backend, windows, steps, seed):
     tensors = qkv(windows, seed, dtype=BITWISE[backend])
     shifts = [n * p for n, p in zip(steps, windows.window, strict=True)]
@@ -124,8 +148,8 @@ def test_rolling_by_whole_windows(backend, windows, steps, seed):
     assert_unaffected(rolled, roll(attend(tensors, windows, backend)))
 
 
-@both_backends
-@given(windows=grids(divisible=True), seed=seeds)
+@every_backend
+@for_all(windows=grids(divisible=True), seed=seeds)
 def test_shifted_is_roll_mask_unroll(backend, windows, seed):
     """Swin's shifted windows, on (B, N, N) scores of the rolled tokens."""
     tensors = qkv(windows, seed, dtype=torch.float64)
@@ -145,8 +169,8 @@ def test_shifted_is_roll_mask_unroll(backend, windows, seed):
     assert_same_math(attend(tensors, windows, backend), out)
 
 
-@both_backends
-@given(windows=grids(), seed=seeds)
+@every_backend
+@for_all(windows=grids(), seed=seeds)
 def test_linear_in_v(backend, windows, seed):
     q, k, v = qkv(windows, seed, dtype=torch.float64)
     other = torch.randn_like(v)
@@ -154,9 +178,9 @@ def test_linear_in_v(backend, windows, seed):
     assert_same_math(attend((q, k, 2 * v - 3 * other), windows, backend), 2 * a - 3 * b)
 
 
-@both_backends
+@every_backend
 @every_op
-@given(windows=grids(), seed=seeds)
+@for_all(windows=grids(), seed=seeds)
 def test_constant_gives_constant(op, backend, windows, seed):
     q, k, v = qkv(windows, seed, dtype=torch.float64)
     v = v[:, :1].expand_as(v)
@@ -165,8 +189,8 @@ def test_constant_gives_constant(op, backend, windows, seed):
     assert_same_math(out, expected.expand_as(out))
 
 
-@both_backends
-@given(windows=grids(shifted=False), seed=seeds)
+@every_backend
+@for_all(windows=grids(shifted=False), seed=seeds)
 def test_one_window_is_dense_attention(backend, windows, seed):
     tensors = qkv(windows, seed)
     whole = WindowGrid(windows.grid, [max(n, 2) for n in windows.grid])
@@ -174,16 +198,16 @@ def test_one_window_is_dense_attention(backend, windows, seed):
     assert torch.equal(out, ptattn.attention(*tensors, backend=backend))
 
 
-@both_backends
-@given(windows=grids(), seed=seeds)
+@every_backend
+@for_all(windows=grids(), seed=seeds)
 def test_proxy_window_of_one_token_is_identity(backend, windows, seed):
     x = qkv(windows, seed)[0].flatten(2)
     assert torch.equal(ptattn.window_mean(x, windows.grid, (1, 1, 1), backend=backend), x)
 
 
-@both_backends
+@every_backend
 @every_op
-@given(windows=grids(), seed=seeds)
+@for_all(windows=grids(), seed=seeds)
 def test_inputs_and_surroundings_unchanged(op, backend, windows, seed):
     """The inputs are views into one tensor with other numbers between and around them."""
     torch.manual_seed(seed)
@@ -200,8 +224,8 @@ def test_inputs_and_surroundings_unchanged(op, backend, windows, seed):
 bad_numbers = st.sampled_from([math.nan, math.inf, -math.inf])
 
 
-@both_backends
-@given(windows=grids(), which=st.integers(0, 3), bad=bad_numbers, data=st.data(), seed=seeds)
+@every_backend
+@for_all(windows=grids(), which=st.integers(0, 3), bad=bad_numbers, data=st.data(), seed=seeds)
 def test_bad_number_stays_in_its_window(backend, windows, which, bad, data, seed):
     """Be it in q, k, v or the upstream gradient."""
     tensors = qkv(windows, seed)
@@ -217,9 +241,9 @@ def test_bad_number_stays_in_its_window(backend, windows, which, bad, data, seed
         assert torch.equal(a.masked_fill(touched, 0), b.masked_fill(touched, 0)), name
 
 
-@both_backends
+@every_backend
 @pytest.mark.parametrize("op", ["window_mean", "attention"])
-@given(windows=grids(), which=st.integers(0, 2), bad=bad_numbers, seed=seeds)
+@for_all(windows=grids(), which=st.integers(0, 2), bad=bad_numbers, seed=seeds)
 def test_bad_number_stays_in_its_sample(op, backend, windows, which, bad, seed):
     tensors = qkv(windows, seed)
     clean, grad_out = run_backward(op, tensors, windows, backend)
@@ -230,9 +254,9 @@ def test_bad_number_stays_in_its_sample(op, backend, windows, which, bad, seed):
         assert torch.equal(a[0], b[0])
 
 
-@both_backends
+@every_backend
 @every_op
-@given(windows=grids(), seed=seeds)
+@for_all(windows=grids(), seed=seeds)
 def test_empty_batch(op, backend, windows, seed):
     tensors = qkv(windows, seed, batch=0)
     mask = torch.ones(0, windows.num_tokens, dtype=torch.bool)
@@ -245,8 +269,8 @@ def test_empty_batch(op, backend, windows, seed):
         assert grad.shape == tensors[0].shape
 
 
-@both_backends
-@given(windows=grids(), seed=seeds)
+@every_backend
+@for_all(windows=grids(), seed=seeds)
 def test_proxies_are_means_over_windows(backend, windows, seed):
     windows = WindowGrid(windows.grid, windows.window)
     x = qkv(windows, seed, dtype=torch.float64)[0].flatten(2)

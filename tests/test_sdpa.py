@@ -150,7 +150,7 @@ def test_window_of_one_token(dtype):
     q, k, v = tensors
     assert torch.equal(out, v), "out"
     assert torch.equal(dv, grad_out), "dv"
-    # Each sum of D terms errs by up to D·eps/2 of their absolute sum; half precision is summed finer.
+    # A sum of D terms errs by up to D·eps/2 of their absolute sum; half precision is summed finer.
     eps = torch.finfo(dtype).eps * (1 if dtype in HALF else 24)
     sums = eps * (grad_out * v).abs().sum(-1, keepdim=True) * 24**-0.5
     assert (dq.abs() <= sums * k.abs()).all(), "dq"
