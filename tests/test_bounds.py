@@ -55,13 +55,12 @@ def masked(*args, **sizes):
     return case
 
 
-# Every kernel, with heads of one tile (24) and of two (72). Gradients of the keys of 300 queries,
+# Every kernel, with rows of one tile (24) and of two (72). Gradients of the keys of 300 queries,
 # and means of windows of more than 32 tokens, are sums over two programs.
 CASES = {
     "small windows, 24": lambda: windows(SMALL, batch=1, heads=1, head_dim=24),
     "small windows, 72": lambda: windows(SMALL, batch=1, heads=1, head_dim=72),
     "large windows, 24": lambda: windows(LARGE, batch=1, heads=1, head_dim=24),
-    "large windows, 72": lambda: windows(LARGE, batch=1, heads=1, head_dim=72),
     "7 keys, 24": lambda: dense((300, 7), batch=1, heads=2, head_dim=24),
     "111 keys, 72": lambda: masked((77, 111), batch=1, heads=2, head_dim=72),
     "150 keys, 24": lambda: masked((33, 150), batch=1, heads=1, head_dim=24),
@@ -69,7 +68,7 @@ CASES = {
     "means, 24": lambda: means(SMALL, batch=1, channels=24),
     "means, 72": lambda: means(LARGE, batch=1, channels=72),
     "norm and means, 24": lambda: means(LARGE, op=NORM, batch=1, channels=24),
-    "norm and means, 72": lambda: means(SMALL, op=NORM, batch=1, channels=72),
+    "norm and means, 72": lambda: means(SMALL_FAR, op=NORM, batch=1, channels=72),
 }
 
 
@@ -108,13 +107,10 @@ def run_where_it_lies(case):
 def run_within(case, allocate):
     """The case's inputs, outputs and gradients within what allocate(numel, dtype) returns."""
 
-    def place(t):
-        return allocate(t.numel(), t.dtype).view(t.shape).copy_(t)
-
     def empty(x, *shape, dtype=None):
         return allocate(math.prod(shape), dtype or x.dtype).view(shape)
 
-    case = moved(case, place)
+    case = moved(case, lambda t: empty(t, *t.shape).copy_(t))
     with mock.patch.object(launch, "_empty", empty):
         return case, run_where_it_lies(case)
 
@@ -126,7 +122,7 @@ def in_a_process(function):
     command = [sys.executable, "-X", "faulthandler", "-c", code]
     options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def prepare():
@@ -153,8 +149,7 @@ def test_all_outputs_are_written_and_nothing_else(name):
     assert all(map(torch.equal, all_tensors(inside), all_tensors(case)))
     for buffer in buffers:
         margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
-        untouched = torch.full_like(margins, float("nan"))
-        assert torch.equal(margins.view(torch.uint8), untouched.view(torch.uint8))
+        assert (margins.isnan() if buffer.is_floating_point() else margins).all()
 
 
 # Memory between two pages that may not be touched.
