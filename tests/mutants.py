@@ -34,7 +34,7 @@ FIRST = {
     "pool": "means or norm",
     "reduce": "parts",
     "window": "small_windows or bad_number or stays",
-    "tile": "every or small_windows",
+    "tile": "far_elements or every_small or large_scores or small_windows or few_keys_sizes",
     "launch": "align or split or small_windows",
 }
 
