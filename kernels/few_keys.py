@@ -119,21 +119,23 @@ def few_keys_backward(
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
         # Transposed, [keys, queries]: so the weights enter two of the products as they are.
         s = outer(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2E)
-        pair = present[:, None] & valid[None, :]
-        p, total = softmax(s, pair, 0)
-        p = tl.where(pair, p / total[None, :], 0.0)
+        p, total = softmax(s, present[:, None] & valid[None, :], 0)
+        p /= total[None, :]
         if NEED_V:
             dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, D1, PRECISION)
         if NEED_Q or NEED_K:
-            dp = outer(v0, v1, g0, g1, D1, PRECISION)
-            ds = softmax_gradient(p, dp, pair, 0) * scale
+            ds = softmax_gradient(p, outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale
             if NEED_Q:
                 x0, x1 = product(tl.trans(ds), k0, k1, D1, PRECISION)
                 store_rows(dq, row, heads * D, valid, x0, x1, D, D0, D1, OUT)
             if NEED_K:
                 dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, D1, PRECISION)
+    # Where a query's weights are NaN, so are those of the keys that take no part.
+    takes_part = present[:, None]
     own = head_offset(batch * splits + split, head, keys * heads.to(tl.int64) * D, D, OUT)
     if NEED_K:
-        store_rows(dk + own, key, heads * D, exists, dk0, dk1, D, D0, D1, OUT)
+        x0, x1 = tl.where(takes_part, dk0, 0.0), tl.where(takes_part, dk1, 0.0)
+        store_rows(dk + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
     if NEED_V:
-        store_rows(dv + own, key, heads * D, exists, dv0, dv1, D, D0, D1, OUT)
+        x0, x1 = tl.where(takes_part, dv0, 0.0), tl.where(takes_part, dv1, 0.0)
+        store_rows(dv + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)

@@ -128,13 +128,9 @@ def softmax(s, present, AXIS: tl.constexpr):
 
 
 @triton.jit
-def softmax_gradient(p, dp, present, AXIS: tl.constexpr):
-    """Gradient of the scores from that of the weights, all keys at once, along an axis.
-
-    Zero where not `present`, whatever stands there: 0 times NaN is NaN.
-    """
-    dp = tl.where(present, dp, 0.0)
-    return tl.where(present, p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)), 0.0)
+def softmax_gradient(p, dp, AXIS: tl.constexpr):
+    """Gradient of the scores from that of the weights, all keys at once, along an axis."""
+    return p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS))
 
 
 @triton.jit

@@ -146,8 +146,8 @@ def window_backward(
         x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
         store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
     if NEED_Q or NEED_K:
-        dp = outer(g0, g1, v0, v1, D1, PRECISION)
-        ds = softmax_gradient(p, dp, pair, 1) * scale
+        dp = tl.where(pair, outer(g0, g1, v0, v1, D1, PRECISION), 0.0)
+        ds = tl.where(pair, softmax_gradient(p, dp, 1), 0.0) * scale
         if NEED_Q:
             x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
             store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)

@@ -160,7 +160,7 @@ def test_a_kernel_that_does_not_fit_is_named(monkeypatch):
     with pytest.raises(launch.KernelError) as caught:
         ptattn.window_attention(q, q, q, (3, 4), (2, 2), backend="triton")
     message = str(caught.value)
-    for part in ("ptattn.window_attention", "(2, 12, 1, 16)", "warps=4", "'D': 16", "300000"):
+    for part in ("ptattn.window_attention", "(2, 12, 1, 16)", "warps=8", "'D': 16", "300000"):
         assert part in message, message
 
 

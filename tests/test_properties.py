@@ -18,7 +18,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_op = pytest.mark.parametrize("op", OPS)
 # Of so many examples one is left to the interpreted kernels, which take 20 ms per program, but two
 # at least: the first is the smallest.
-FEWER = 60
+FEWER = 200
 
 
 def for_all(**strategies):
@@ -139,7 +139,8 @@ def test_heads_are_independent(op, backend, windows, order, seed):
 @every_backend
 @for_all(windows=grids(shifted=False, divisible=True), steps=st.tuples(*[batches] * 3), seed=seeds)
 def test_rolling_by_whole_windows(backend, windows, steps, seed):
-    tensors = qkv(windows, seed, dtype=BITWISE[backend])
+    # A window's place in a tile of several changes, and BLAS rounds a row by its place.
+    tensors = qkv(windows, seed, dtype=BITWISE[backend] if backend == "sdpa" else torch.float64)
     shifts = [n * p for n, p in zip(steps, windows.window, strict=True)]
 
     def roll(t):
@@ -193,10 +194,14 @@ def test_constant_gives_constant(op, backend, windows, seed):
 @every_backend
 @for_all(windows=grids(shifted=False), seed=seeds)
 def test_one_window_is_dense_attention(backend, windows, seed):
-    tensors = qkv(windows, seed)
+    # The two kernels sum over tiles of different widths.
+    tensors = qkv(windows, seed, dtype=torch.float64 if backend == "triton" else torch.float32)
     whole = WindowGrid(windows.grid, [max(n, 2) for n in windows.grid])
-    out = attend(tensors, whole, backend)
-    assert torch.equal(out, ptattn.attention(*tensors, backend=backend))
+    out, expected = attend(tensors, whole, backend), ptattn.attention(*tensors, backend=backend)
+    if backend == "triton":
+        assert_same_math(out, expected)
+    else:
+        assert torch.equal(out, expected)
 
 
 @every_backend
