@@ -21,7 +21,6 @@ TIME_LIMIT = 900  # seconds; the tests of one fault take less than half of it
 # What would notice a fault in the kernels, the likeliest first.
 TESTS = (
     "tests/test_triton.py",
-    "tests/test_triton_properties.py",
     "tests/test_bounds.py",
     "tests/test_launch.py",
     "tests/test_kernels.py",

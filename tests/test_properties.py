@@ -43,8 +43,8 @@ def for_all(**strategies):
 @st.composite
 def axes(draw, shifted=True, divisible=False):
     """(length, window, shift) of an axis; windows may be longer than it."""
-    window = draw(st.integers(1, 4))
-    length = draw(st.integers(1, 3)) * window if divisible else draw(st.integers(1, 6))
+    window = draw(st.integers(1, 6))
+    length = draw(st.integers(1, 3)) * window if divisible else draw(st.integers(1, 8))
     return length, window, draw(st.integers(0, window - 1)) if shifted else 0
 
 
@@ -202,6 +202,18 @@ def test_one_window_is_dense_attention(backend, windows, seed):
         assert_same_math(out, expected)
     else:
         assert torch.equal(out, expected)
+
+
+@every_backend
+@for_all(queries=st.integers(1, 9), keys=st.integers(1, 140), seed=seeds)
+def test_masked_keys_are_as_if_not_there(backend, queries, keys, seed):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 2, 8, dtype=torch.float64) for n in (queries, keys, keys))
+    mask = torch.rand(1, keys) < 0.5
+    mask[0, seed % keys] = True
+    out = ptattn.attention(q, k, v, key_mask=mask, backend=backend)
+    kept = [t[:, mask[0]] for t in (k, v)]
+    assert_same_math(out, ptattn.attention(q, *kept, backend=backend))
 
 
 @every_backend
