@@ -331,11 +331,20 @@ def as_json(row: Row) -> dict[str, Any]:
     }
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
-    parser.add_argument("--only", metavar="REGEX", default="", help="cases, such as 'bf16 D72'")
+    parser.add_argument(
+        "--only", metavar="REGEX", type=_pattern, default="", help="cases, such as 'bf16 D72'"
+    )
     parser.add_argument("--ptx", action="store_true", help="read PTX, not SASS: sooner done")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -343,7 +352,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def select(args: argparse.Namespace) -> list[Job]:
-    of = [case for case in cases() if re.search(args.only, f"{case.label} {case}")]
+    of = [case for case in cases() if args.only.search(f"{case.label} {case}")]
+    if not of:
+        raise SystemExit(f"no case matches {args.only.pattern!r}; one is {next(cases()).label!r}")
     dialect = "ptx" if args.ptx else "sass"
     return [job for arch in args.arch for job in jobs(arch, of, dialect)]
 

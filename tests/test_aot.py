@@ -61,6 +61,11 @@ def test_ptx_and_sass_agree(tmp_path):
     assert counts[0] == counts[1]
 
 
+def test_a_pattern_that_fits_no_case_is_an_error():
+    with pytest.raises(SystemExit, match="no case matches 'bf61'"):
+        aot.select(aot.parse(["--only", "bf61"]))
+
+
 # Every check can fail.
 
 GOOD = Compiled(
