@@ -5,8 +5,7 @@ window of more than 64 tokens is a dense attention whose rows are the tokens of 
 WINDOWED changes how many rows there are and how a row finds its token, nothing else.
 
 Every loop runs over whole blocks first and then over the rest, and only the rest is masked. The
-forward keeps each row's log-sum-exp (in base 2) for the backward; +inf stands for a row without a
-key, whose weights exp2(s - inf) are then 0.
+forward keeps each row's log-sum-exp (in base 2) for the backward.
 """
 
 import triton
@@ -162,7 +161,7 @@ def flash_forward(
     o0, o1 = o0 / some[:, None], o1 / some[:, None]
     store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
     lse += (batch.to(tl.int64) * heads + head) * queries
-    tl.store(lse + row, tl.where(total == 0, float("inf"), high + tl.log2(some)), mask=valid)
+    tl.store(lse + row, high + tl.log2(some), mask=valid)
 
 
 @triton.jit

@@ -36,8 +36,7 @@ RUNTIME = (
 def _tile(geometry, heads, SLOTS: tl.constexpr, ROWS: tl.constexpr):
     """This program's sample and head, and of every row its token, its window's place in the tile,
     and whether there is such a token."""
-    windows = num_windows(geometry)
-    tiles = tl.cdiv(windows, ROWS // SLOTS)
+    tiles = tl.cdiv(num_windows(geometry), ROWS // SLOTS)
     # Heads are fastest: neighbouring programs read neighbouring bytes of the same tokens.
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads % tiles
@@ -46,7 +45,7 @@ def _tile(geometry, heads, SLOTS: tl.constexpr, ROWS: tl.constexpr):
     group, slot = row // SLOTS, row % SLOTS
     window = tile * (ROWS // SLOTS) + group
     box = window_box(window, geometry)
-    valid = (window < windows) & (slot < box_size(box))
+    valid = slot < box_size(box)  # no slot of a window past the last
     return batch, head, token_in_box(slot, box, geometry), group, valid
 
 

@@ -1,13 +1,14 @@
 """Seeded faults in the kernels, and whether the quick tests catch them: `make mutants`.
 
-Each fault is one replacement in one file, in a copy of the package. A fault is caught when the
-tests fail or hang with it. A replacement that no longer fits its file exactly once is an error: a
-check that checks nothing must not pass.
+Each fault is one replacement in one file, in a copy of the package. A fault is caught when a test
+fails, dies or hangs with it. A replacement that no longer fits its file exactly once, or with which
+the tests cannot even be collected, is an error: a check that checks nothing must not pass.
 """
 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,12 +97,11 @@ WINDOW = [
           "pair = valid[:, None] & valid[None, :]\n"
           "    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)\n"
           "    p, total = softmax(s, pair, 1)\n    p"),
-    Fault("window", "windows past the last", "(window < windows) & (slot", "(slot"),
     Fault("window", "one token too many", "slot < box_size(box)", "slot <= box_size(box)"),
     Fault("window", "NaN crosses windows", "if GROUPS > 1:", "if GROUPS > 64:"),
     Fault("window", "NaN not taken out", "tl.where(own, x0, 0.0)", "x0"),
-    Fault("window", "gradients without the scale", "softmax_gradient(p, dp, 1), 0.0) * scale",
-          "softmax_gradient(p, dp, 1)"),
+    Fault("window", "gradients without the scale",
+          "softmax_gradient(p, dp, 1), 0.0) * scale", "softmax_gradient(p, dp, 1), 0.0)"),
     Fault("window", "dv by the weights as they are", "_contained_product(tl.trans(p), g0",
           "_contained_product(p, g0"),
     Fault("window", "dk by the scores as they are", "_contained_product(tl.trans(ds), q0",
@@ -147,8 +147,10 @@ FLASH = [
     Fault("flash", "output not rescaled", "    o0 *= rescale[:, None]\n", ""),
     Fault("flash", "sum not rescaled", "total * rescale + tl.sum", "total + tl.sum"),
     Fault("flash", "sign of the scale lost", "if NEGATIVE:", "if NEGATIVE and ROWS < 0:"),
-    Fault("flash", "rows without keys have a log-sum-exp",
-          'tl.where(total == 0, float("inf"), high + tl.log2(some))', "high + tl.log2(some)"),
+    Fault("flash", "log-sum-exp without its largest score",
+          "high + tl.log2(some)", "tl.log2(some)"),
+    Fault("flash", "rows without keys divided by 0",
+          "some = tl.where(total == 0, 1.0, total)", "some = total"),
     Fault("flash", "log-sum-exp of another head",
           "lse += (batch.to(tl.int64) * heads + head) * queries\n    tl.store",
           "lse += batch.to(tl.int64) * heads * queries\n    tl.store"),
@@ -232,7 +234,9 @@ def verdict(fault: Fault) -> tuple[bool, str]:
             done = run(fault)
     except subprocess.TimeoutExpired:
         return True, "the tests hang"
-    if done.returncode not in (0, 1):
+    if done.returncode < 0:
+        return True, f"the tests die of {signal.Signals(-done.returncode).name}"
+    if done.returncode not in (0, 1) or "ERROR collecting" in done.stdout:
         raise RuntimeError(f"{fault.name}: pytest ended with {done.returncode}:\n{done.stdout}")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return done.returncode == 1, failed[0][:120] if failed else ""

@@ -84,7 +84,8 @@ def test_many_keys(masked, dtype):
 
 @pytest.mark.parametrize("lengths", MANY.values(), ids=MANY)
 def test_many_keys_sizes(lengths):
-    check_dense(lengths, batch=2, heads=1, head_dim=16)
+    """In half precision, whose larger blocks of keys leave work for several parts."""
+    check_dense(lengths, torch.float16, batch=2, heads=1, head_dim=16)
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(0, 1), (0, 3), (1, 3), (3, 1)])
