@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -50,31 +51,32 @@ DENSE = (
     (768, 768, False),
 )
 CHANNELS = (384, 1152)
+NORM_CHANNELS = (64, 1152, 1440, 4096)
 HEAD_DIMS = {"bf16": (48, 64, 72, 128), "fp32": (72,)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation, forward and backward; `width` is the head dim, or the channels of a pool."""
+    """One operation, forward and backward; `width` is the head dim, or of means and norms the
+    channels. `window` is that of the means, (1, 1, 1) for a norm with a modulation instead."""
 
-    op: str  # "window", "dense" or "pool"
+    op: str  # "window", "dense", "mean" or "norm"
     dtype: str
     width: int
     window: Triple = (1, 1, 1)
     queries: int = 0
     keys: int = 0
     masked: bool = False
-    norm: bool = False
 
     def __str__(self) -> str:
-        size = "x".join(map(str, self.window))
         if self.op == "dense":
-            size = f"{self.queries} to {self.keys}"
-        return f"{size}{' masked' * self.masked}{' norm' * self.norm}"
+            return f"{self.queries} to {self.keys}{' masked' * self.masked}"
+        size = "x".join(map(str, self.window))
+        return {"window": size, "mean": f"mean {size}", "norm": f"norm {size}"}[self.op]
 
     @property
     def label(self) -> str:
-        return f"{self.dtype} {'C' if self.op == 'pool' else 'D'}{self.width}"
+        return f"{self.dtype} {'C' if self.op in ('mean', 'norm') else 'D'}{self.width}"
 
     @property
     def grid(self) -> Triple:
@@ -82,7 +84,7 @@ class Case:
 
     def launches(self, arch: str) -> list[Launch]:
         with launch.record(arch) as launches:
-            {"window": self._window, "dense": self._dense, "pool": self._pool}[self.op]()
+            getattr(self, f"_{self.op}")()
         return launches
 
     def _empty(self, *shape: int) -> Tensor:
@@ -105,13 +107,21 @@ class Case:
         g = torch.empty_like(out)
         launch.attention_backward(q, k, v, mask, scale, out, lse, g, (True,) * 3)
 
-    def _pool(self) -> None:
+    def _mean(self) -> None:
         windows = WindowGrid(self.grid, self.window)
         x = self._empty(1, windows.num_tokens, self.width)
-        eps = 1e-6 if self.norm else None
-        means, normed = launch.pool(x, windows, eps)
-        dmeans, dnormed = torch.empty_like(means), torch.empty_like(normed)
-        launch.pool_backward(dmeans, windows, (x, dnormed, eps) if eps else None)
+        launch.window_mean_backward(launch.window_mean(x, windows), windows)
+
+    def _norm(self) -> None:
+        """As the blocks have it: with the residual, and window means or a modulation."""
+        windows = WindowGrid(self.grid, self.window) if self.window != (1, 1, 1) else None
+        x, y = self._empty(2, 1, math.prod(self.grid), self.width).unbind()
+        vectors = self._empty(1, 6, self.width).unbind(1)
+        gate, shift, scale = vectors[:3] if windows is None else (vectors[0], None, None)
+        total, normed, means = launch.norm(x, y, gate, shift, scale, windows, 1e-6, x.dtype)
+        upstream = (total, normed, None if windows is None else means)
+        need = (True, True, windows is None)
+        launch.norm_backward(total, y, gate, scale, *upstream, windows, 1e-6, need)
 
 
 def cases() -> Iterator[Case]:
@@ -121,8 +131,11 @@ def cases() -> Iterator[Case]:
                 yield Case("window", dtype, width, window)
             for queries, keys, masked in DENSE:
                 yield Case("dense", dtype, width, queries=queries, keys=keys, masked=masked)
-        for width, window, norm in itertools.product(CHANNELS, WINDOWS, (False, True)):
-            yield Case("pool", dtype, width, window, norm=norm)
+        for width, window in itertools.product(CHANNELS, WINDOWS):
+            yield Case("mean", dtype, width, window)
+            yield Case("norm", dtype, width, window)
+        for width in NORM_CHANNELS:
+            yield Case("norm", dtype, width)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks import baselines
 from ptattn import ops
 from ptattn.geometry import Triple, WindowGrid, default_window
+from ptattn.layers import Residual
 from ptattn.models.blocks import Condition
 from ptattn.models.configs import ModelConfig
 from ptattn.models.pixart import PixArtBlock
@@ -114,6 +116,11 @@ BLOCKS = {
 COMPILED = " compiled"
 
 
+def _alone(block: nn.Module) -> Callable[..., Tensor]:
+    """A block as a function of tokens, which leaves no addition to the next."""
+    return lambda x, *rest: block(Residual(x), *rest).total
+
+
 class BlockCase:
     """The blocks of one square image, batch 1, at PT-DiT/XL's width, on the same inputs."""
 
@@ -157,11 +164,11 @@ class BlockCase:
             module, *inputs = self._call(name)
         return lambda: module(*inputs)
 
-    def _call(self, name: str) -> tuple[nn.Module, ...]:
+    def _call(self, name: str) -> tuple[Any, ...]:
         if name == "ptattn PT-DiT":
-            return self.pt_dit, self.x, self.windows, self.windows, self.condition
+            return _alone(self.pt_dit), self.x, self.windows, self.windows, self.condition
         if name == "ptattn PixArt":
-            return self.pixart, self.x, self.condition
+            return _alone(self.pixart), self.x, self.condition
         if name == "roll-and-mask PT-DiT":
             block = baselines.RollMaskBlock(self.dim, self.heads).to(self.dtype).eval()
             shifted = self.windows.shifted()

@@ -61,7 +61,7 @@ def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Cas
 
 def jobs() -> list[Job]:
     """The most important first: the paper's head dim before the others."""
-    found = [Job(f"pool_{task}", (("max_bytes", 2),), _pools()) for task in ("forward", "backward")]
+    found = [Job(name, (("max_bytes", 2),), _pools()) for name in ("pool_forward", "norm_backward")]
     for channels, head_dim in HEAD_DIMS.items():
         found += _attention_jobs(channels, head_dim)
     return found
@@ -99,7 +99,7 @@ def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
 def candidates(kernel: str) -> list[Entry]:
     """Settings worth a try. A warp group multiplies 64 rows: fewer would lose wgmma, and a tile of
     128 leaves no registers to 4 warps."""
-    if kernel.startswith("pool"):
+    if kernel.startswith(("pool", "norm")):
         return [dict(warps=warps, stages=stages) for warps in (2, 4, 8) for stages in (1, 3)]
     tiles = ((64, 4), (64, 8), (128, 8))
     if kernel.startswith("window"):

@@ -37,8 +37,14 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
     return torch.ops.ptattn.window_mean(x, windows.grid, windows.window)
 
 
-def layer_norm_window_mean(x: Tensor, windows: WindowGrid, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.ptattn.layer_norm_window_mean(x, windows.grid, windows.window, eps)
+def norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    windows: WindowGrid | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Under autocast the sum is of the widest dtype, as torch's; the norm, which linear layers
+    take, is of autocast's."""
+    geometry = (None, None) if windows is None else (windows.grid, windows.window)
+    return torch.ops.ptattn.norm(x, y, gate, shift, scale, *geometry, eps, _autocast_dtype(x))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -52,11 +58,15 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, attention runs in its dtype, as torch's own does; float64 stays."""
-    device = tensors[0].device.type
+    return tuple(t.to(_autocast_dtype(t)) for t in tensors)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
     known = torch.amp.is_autocast_available(device)  # not for the meta device
-    if tensors[0].dtype == torch.float64 or not known or not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    if x.dtype == torch.float64 or not known or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 # Registration.
@@ -232,52 +242,24 @@ _differentiable("window_attention", _differentiate_window_attention, _save_windo
 # Window means.
 
 
-def _proxies(x: Tensor, grid: _Ints, window: _Ints) -> Tensor:
-    return x.new_empty(x.shape[0], WindowGrid(grid, window).num_windows, x.shape[2])
-
-
 @_operator("window_mean(Tensor x, SymInt[3] grid, SymInt[3] window) -> Tensor")
 def _window_mean(x: Tensor, grid: _Ints, window: _Ints) -> Tensor:
-    return launch.pool(_rows(x), WindowGrid(grid, window), None)[0]
+    return launch.window_mean(_rows(x), WindowGrid(grid, window))
 
 
 @_operator("window_mean_backward(Tensor grad, SymInt[3] grid, SymInt[3] window) -> Tensor")
 def _window_mean_backward(grad: Tensor, grid: _Ints, window: _Ints) -> Tensor:
-    return launch.pool_backward(_rows(grad), WindowGrid(grid, window), None)
+    return launch.window_mean_backward(_rows(grad), WindowGrid(grid, window))
 
 
-@_operator(
-    "layer_norm_window_mean(Tensor x, SymInt[3] grid, SymInt[3] window, float eps)"
-    " -> (Tensor, Tensor)"
-)
-def _layer_norm_window_mean(
-    x: Tensor, grid: _Ints, window: _Ints, eps: float
-) -> tuple[Tensor, Tensor]:
-    means, normed = launch.pool(_rows(x), WindowGrid(grid, window), eps)
-    return normed, means
+@_fake("window_mean")
+def _proxies(x: Tensor, grid: _Ints, window: _Ints) -> Tensor:
+    return x.new_empty(x.shape[0], WindowGrid(grid, window).num_windows, x.shape[2])
 
 
-@_operator(
-    "layer_norm_window_mean_backward(Tensor x, SymInt[3] grid, SymInt[3] window, float eps,"
-    " Tensor dnormed, Tensor dmeans) -> Tensor"
-)
-def _layer_norm_window_mean_backward(
-    x: Tensor, grid: _Ints, window: _Ints, eps: float, dnormed: Tensor, dmeans: Tensor
-) -> Tensor:
-    norm = _rows(x), _rows(dnormed), eps
-    return launch.pool_backward(_rows(dmeans), WindowGrid(grid, window), norm)
-
-
-_fake("window_mean")(_proxies)
-_fake("window_mean_backward")(
-    lambda grad, grid, window: grad.new_empty(grad.shape[0], _tokens(grid), grad.shape[2])
-)
-_fake("layer_norm_window_mean")(lambda x, grid, window, eps: (_like(x), _proxies(x, grid, window)))
-_fake("layer_norm_window_mean_backward")(lambda x, *_: _like(x))
-
-
-def _tokens(grid: _Ints) -> int:
-    return grid[0] * grid[1] * grid[2]
+@_fake("window_mean_backward")
+def _(grad: Tensor, grid: _Ints, window: _Ints) -> Tensor:
+    return grad.new_empty(grad.shape[0], grid[0] * grid[1] * grid[2], grad.shape[2])
 
 
 def _save_window_mean(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -288,23 +270,94 @@ def _differentiate_window_mean(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return torch.ops.ptattn.window_mean_backward(grad, *ctx.geometry), None, None
 
 
-def _save_layer_norm_window_mean(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, *ctx.options = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate_layer_norm_window_mean(
-    ctx: Any, dnormed: Tensor, dmeans: Tensor
-) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
-    run = torch.ops.ptattn.layer_norm_window_mean_backward
-    return run(x, *ctx.options, dnormed, dmeans), None, None, None
-
-
 _differentiable("window_mean", _differentiate_window_mean, _save_window_mean)
-_differentiable(
-    "layer_norm_window_mean", _differentiate_layer_norm_window_mean, _save_layer_norm_window_mean
+
+
+# LayerNorm, with the residual before it, and after it the modulation or window means.
+
+
+@_operator(
+    "norm(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, SymInt[3]? grid,"
+    " SymInt[3]? window, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 )
+def _norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    grid: _Ints | None, window: _Ints | None, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (t if t is None else _rows(t) for t in (x, y, gate, shift, scale))
+    return launch.norm(*tensors, _windows(grid, window), eps, dtype)
+
+
+@_operator(
+    "norm_backward(Tensor x, Tensor? y, Tensor? gate, Tensor? scale, Tensor? dtotal,"
+    " Tensor? dnormed, Tensor? dmeans, SymInt[3]? grid, SymInt[3]? window, float eps,"
+    " bool[3] need) -> (Tensor, Tensor, Tensor)"
+)
+def _norm_backward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, dtotal: Tensor | None,
+    dnormed: Tensor | None, dmeans: Tensor | None, grid: _Ints | None, window: _Ints | None,
+    eps: float, need: _Need,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    given = (x, y, gate, scale, dtotal, dnormed, dmeans)
+    tensors = (t if t is None else _rows(t) for t in given)
+    return launch.norm_backward(*tensors, _windows(grid, window), eps, need)
+
+
+def _windows(grid: _Ints | None, window: _Ints | None) -> WindowGrid | None:
+    return None if grid is None or window is None else WindowGrid(grid, window)
+
+
+@_fake("norm")
+def _(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Any, scale: Any,
+    grid: _Ints | None, window: _Ints | None, eps: float, dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    total = x.new_empty((0,) if y is None else x.shape, dtype=launch.total_dtype(x, y, gate))
+    means = x.new_empty(0) if grid is None else _proxies(total.new_empty(x.shape), grid, window)
+    return total, x.new_empty(x.shape, dtype=dtype), means
+
+
+@_fake("norm_backward")
+def _(x: Tensor, y: Tensor | None, gate: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    need_y, need_gate, need_modulation = rest[-1]
+    b, _, c = x.shape
+    columns = need_gate + 2 * need_modulation
+    dy = _like(y) if need_y and gate is not None and y is not None else x.new_empty(0)
+    return _like(x), dy, x.new_empty(b, columns * c) if columns else x.new_empty(0)
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What was normed, the vectors, and y for the gradient of its gate."""
+    x, y, gate, _shift, scale, *ctx.geometry, ctx.eps, _dtype = inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
+    normed_from = x if y is None else output[0]
+    ctx.save_for_backward(normed_from, y if gate is not None else None, gate, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_norm(
+    ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, dmeans: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, y, gate, scale = ctx.saved_tensors
+    with_y = ctx.dtypes[1] is not None
+    need_y, need_gate, need_shift, need_scale = ctx.needs_input_grad[1:5]
+    need = (need_y, need_gate, need_shift or need_scale)
+    dx, dy, sums = torch.ops.ptattn.norm_backward(
+        x, y, gate, scale, dtotal if with_y else None, dnormed,
+        dmeans if ctx.geometry[0] is not None else None, *ctx.geometry, ctx.eps, need,
+    )  # fmt: skip
+    vectors = iter(sums.chunk(need_gate + 2 * need[2], 1) if any(need[1:]) else ())
+    dgate = next(vectors) if need_gate else None
+    dshift, dscale = (next(vectors), next(vectors)) if need[2] else (None, None)
+    found = (dx, (dx if gate is None else dy) if need_y else None, dgate, dshift, dscale)
+    wanted = (
+        g.to(dtype) if needed and g is not None else None
+        for g, dtype, needed in zip(found, ctx.dtypes, ctx.needs_input_grad[:5], strict=True)
+    )
+    return (*wanted, *(None,) * 4)
+
+
+_differentiable("norm", _differentiate_norm, _save_norm)
 
 
 # FLOPs, two per multiply-add, as torch counts them. Shapes come in place of tensors.

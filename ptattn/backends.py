@@ -31,7 +31,7 @@ def load(backend: str) -> ModuleType:
 def reasons_against(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -> list[str]:
     """Every reason why `backend` cannot run on these tensors; empty if it can.
 
-    Tensors of four axes are queries, keys and values, those of three are tokens of a mean.
+    Tensors of four axes are queries, keys and values, those of three are tokens.
     """
     if backend != "triton":
         return []
@@ -52,7 +52,7 @@ def reasons_against(backend: str, *tensors: Tensor, windows: WindowGrid | None =
         if ndim == 4 and (width % 8 or width > 128):
             reasons.append(f"the head dim must be a multiple of 8 up to 128; got {width}")
         if ndim == 3 and width > 2**14:
-            reasons.append(f"means are of at most {2**14} channels; got {width}")
+            reasons.append(f"tokens have at most {2**14} channels; got {width}")
     if windows is not None and math.prod(windows.window) > triton.MAX_WINDOW:
         reasons.append(f"a window holds at most {triton.MAX_WINDOW} tokens; got {windows.window}")
     return reasons

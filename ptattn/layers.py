@@ -25,25 +25,40 @@ class Modulation(NamedTuple):
     scale: Tensor
     gate: Tensor
 
-    def gated(self, y: Tensor) -> Tensor:
-        """gate · y for (B, N, C)."""
-        return self.gate[:, None] * y
 
-    def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + gate · y for (B, N, C), in one pass."""
-        return torch.addcmul(x, self.gate[:, None], y)
+class Residual(NamedTuple):
+    """A residual stream whose last branch is not added yet: x + gate · y.
 
+    The sum is left to the norm that follows, which makes it in the same pass.
+    """
 
-def layer_norm(x: Tensor, modulation: Sequence[Tensor] | None = None) -> Tensor:
-    """LayerNorm without affine parameters, then · (1 + scale) + shift of (shift, scale, ...)."""
-    channels = x.shape[-1:]
-    if modulation is None:
-        return F.layer_norm(x, channels, eps=NORM_EPS)
-    shift, scale = modulation[:2]
-    if x.shape[0] == 1:  # one sample's modulation is an affine norm: one pass less
-        return F.layer_norm(x, channels, 1 + scale[0], shift[0], NORM_EPS)
-    normed = F.layer_norm(x, channels, eps=NORM_EPS)
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+    x: Tensor  # (B, N, C)
+    y: Tensor | None = None  # (B, N, C)
+    gate: Tensor | None = None  # (B, C)
+
+    @property
+    def total(self) -> Tensor:
+        if self.y is None:
+            return self.x
+        if self.gate is None:
+            return self.x + self.y
+        return torch.addcmul(self.x, self.gate[:, None], self.y)
+
+    def norm(self, modulation: Sequence[Tensor] | None, backend: str) -> tuple[Tensor, Tensor]:
+        """The sum and its LayerNorm, modulated by (shift, scale, ...)."""
+        vectors = (None, None) if modulation is None else modulation[:2]
+        options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
+        if self.y is None:
+            return self.x, ops.layer_norm(self.x, *vectors, **options)
+        return ops.residual_layer_norm(self.x, self.y, self.gate, *vectors, **options)
+
+    def norm_and_means(self, windows: WindowGrid, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum, its LayerNorm and its window means."""
+        geometry = windows.grid, windows.window
+        options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
+        if self.y is None:
+            return self.x, *ops.layer_norm_window_mean(self.x, *geometry, **options)
+        return ops.residual_layer_norm_window_mean(self.x, self.y, self.gate, *geometry, **options)
 
 
 class ZeroLinear(nn.Linear):
@@ -88,13 +103,17 @@ class SelfAttention(_Attention):
 
     def forward(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C), dense or within `windows`."""
+        return self.proj(self.attend(x, windows))
+
+    def attend(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
+        """The heads' outputs, not yet projected."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if windows is None:
             out = ops.attention(q, k, v, backend=self.backend)
         else:
             grid, window, shift = windows.grid, windows.window, windows.shift
             out = ops.window_attention(q, k, v, grid, window, shift, backend=self.backend)
-        return self.proj(out.flatten(2))
+        return out.flatten(2)
 
 
 class CrossAttention(_Attention):
@@ -106,9 +125,13 @@ class CrossAttention(_Attention):
 
     def forward(self, x: Tensor, context: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """(B, N, C) attending to (B, M, C), where `key_mask` (B, M) is True -> (B, N, C)."""
+        return self.proj(self.attend(x, context, key_mask))
+
+    def attend(self, x: Tensor, context: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """The heads' outputs, not yet projected."""
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = self.kv(context).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
-        return self.proj(ops.attention(q, k, v, key_mask=key_mask, backend=self.backend).flatten(2))
+        return ops.attention(q, k, v, key_mask=key_mask, backend=self.backend).flatten(2)
 
 
 class GlobalInteraction(nn.Module):
@@ -116,8 +139,8 @@ class GlobalInteraction(nn.Module):
 
         p = mean(x);  p = p + gate · SA(modulate(LN(p)));  return Z · CA(q = LN(x), kv = LN(p))
 
-    Z is linear and zero-initialised. Source: arXiv 2409.04005, the global information interaction
-    module.
+    It takes LN(x) and mean(x) from the pass that makes x. Z is linear and zero-initialised. Source:
+    arXiv 2409.04005, the global information interaction module.
     """
 
     def __init__(
@@ -139,24 +162,29 @@ class GlobalInteraction(nn.Module):
         self.zero = ZeroLinear(dim, dim, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, windows: WindowGrid, modulation: Modulation | None = None
+        self, normed: Tensor, proxies: Tensor, modulation: Modulation | None = None
     ) -> Tensor:
-        """(B, N, C) -> (B, N, C), one proxy per window; `modulation` is of their self-attention."""
+        """What to add to x, (B, N, C).
+
+        Args:
+            normed, proxies: LN(x) (B, N, C) and its window means (B, M, C), as
+                `ops.layer_norm_window_mean` gives them.
+            modulation: of the proxies' self-attention.
+        """
         backend = self.proxy_attn.backend
-        normed, proxies = ops.layer_norm_window_mean(
-            x, windows.grid, windows.window, eps=NORM_EPS, backend=backend
-        )
-        update = self.proxy_attn(layer_norm(proxies, modulation))
-        proxies = modulation.add_gated(proxies, update) if modulation else proxies + update
-        return self.zero(self.cross_attn(normed, layer_norm(proxies)))
+        _, p = Residual(proxies).norm(modulation, backend)
+        gate = None if modulation is None else modulation.gate
+        _, p = Residual(proxies, self.proxy_attn(p), gate).norm(None, backend)
+        return self.zero(self.cross_attn(normed, p))
 
 
 class TextureComplement(nn.Module):
     """The second half, TCM: window attention, then shifted-window attention on its result.
 
-        y = gate · WA(modulate(LN(x)));  return y + Z · (gate' · SWA(modulate'(LN(x + y))))
+        x = x + gate · WA(n);  return x + Z · (gate' · SWA(modulate'(LN(x))))
 
-    Z is linear and zero-initialised. Source: arXiv 2409.04005, the texture complement module.
+    It takes n = modulate(LN(x)) from the pass that makes x. Z is linear and zero-initialised.
+    Source: arXiv 2409.04005, the texture complement module.
     """
 
     def __init__(
@@ -182,16 +210,31 @@ class TextureComplement(nn.Module):
     def forward(
         self,
         x: Tensor,
+        normed: Tensor,
         windows: WindowGrid,
         modulation: tuple[Modulation, Modulation] | None = None,
-    ) -> Tensor:
-        """(B, N, C) -> (B, N, C) on unshifted windows; `modulation` is of each attention."""
+    ) -> tuple[Residual, Residual]:
+        """The stream with what each attention adds to it, not yet added.
+
+        Args:
+            x, normed: (B, N, C) tokens and their modulated LayerNorm.
+            windows: unshifted.
+            modulation: of each attention; shift and scale of the first are in `normed` already.
+        """
         plain, shifted = modulation or (None, None)
-        y = self.window_attn(layer_norm(x, plain), windows)
-        y = plain.gated(y) if plain else y
-        z = layer_norm(x + y, shifted)
-        z = self.shifted_attn(z, windows.shifted() if self.shift else windows)
-        return y + self.zero(shifted.gated(z) if shifted else z)
+        first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
+        x, normed = first.norm(shifted, self.window_attn.backend)
+        z = self.shifted_attn(normed, windows.shifted() if self.shift else windows)
+        z = gated_linear(z, shifted.gate, self.zero) if shifted else self.zero(z)
+        return first, Residual(x, z)
+
+
+def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(gate · x): of one sample, where its tokens outnumber its channels, the gate scales the
+    weights instead, which is no pass over the tokens."""
+    if x.shape[0] == 1 and x.shape[1] > x.shape[2]:
+        return F.linear(x, linear.weight * gate, linear.bias)
+    return linear(gate[:, None] * x)
 
 
 class ProxyAttention(nn.Module):
@@ -215,8 +258,7 @@ class ProxyAttention(nn.Module):
 
     Raises:
         ValueError: dim not a multiple of num_heads, a window or grid that is not positive integers,
-        an
-            unknown backend.
+            an unknown backend.
 
     Example:
         >>> attn = ProxyAttention(64, num_heads=4, window=(4, 4))
@@ -240,6 +282,7 @@ class ProxyAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = dim
+        self.backend = backend
         self.window = WindowGrid((1, 1), window).window
         proxy_window = window if proxy_window is None else proxy_window
         self.proxy_window = WindowGrid((1, 1), proxy_window).window
@@ -254,8 +297,8 @@ class ProxyAttention(nn.Module):
         """Attend over a grid of tokens.
 
         Args:
-            x: (B, N, C) with a grid from here or the constructor, or (B, h, w, C) or (B, f, h, w,
-            C).
+            x: (B, N, C) with a grid from here or the constructor, or (B, h, w, C) or
+                (B, f, h, w, C).
             grid: (f, h, w) or (h, w), with f·h·w = N.
 
         Returns:
@@ -269,11 +312,14 @@ class ProxyAttention(nn.Module):
                 f"x must have shape (B, N, {self.dim}), (B, h, w, {self.dim}) or "
                 f"(B, f, h, w, {self.dim}); got {tuple(x.shape)}"
             )
-        grid = self._grid_of(x, grid)
-        tokens = x.flatten(1, -2)
-        delta = self.global_interaction(tokens, WindowGrid(grid, self.proxy_window))
-        windows = WindowGrid(grid, self.window)
-        return (delta + self.texture_complement(tokens + delta, windows)).view(x.shape)
+        grid, tokens, backend = self._grid_of(x, grid), x.flatten(1, -2), self.backend
+        _, normed, means = Residual(tokens).norm_and_means(
+            WindowGrid(grid, self.proxy_window), backend
+        )
+        delta = self.global_interaction(normed, means)
+        total, normed = Residual(tokens, delta).norm(None, backend)
+        branches = self.texture_complement(total, normed, WindowGrid(grid, self.window))
+        return sum((branch.y for branch in branches), delta).view(x.shape)
 
     def _grid_of(self, x: Tensor, grid: Sequence[int] | None) -> Sequence[int]:
         if x.ndim == 3:

@@ -53,6 +53,60 @@ def window_mean(
     return _backend(backend, x, windows=windows).window_mean(x, windows)
 
 
+def layer_norm(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Adaptive layer norm, LayerNorm(x) · (1 + scale) + shift, in one pass (arXiv 2212.09748).
+
+    The norm has no affine parameters.
+
+    Args:
+        x: (B, N, C) tokens, float16, bfloat16, float32 or float64.
+        shift, scale: (B, C), one vector per sample; both or neither.
+        eps: added to the variance, positive.
+        backend: "auto", "reference", "sdpa" or "triton".
+
+    Returns:
+        (B, N, C).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was expected.
+        RuntimeError: the named backend cannot run here.
+    """
+    return _norm(x, None, None, shift, scale, None, eps, backend)[1]
+
+
+def residual_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The residual x + gate · y and its `layer_norm`, in one pass.
+
+    Args:
+        x, y: (B, N, C) tokens and what is added to them.
+        gate: (B, C), one vector per sample; None for 1.
+        shift, scale, eps, backend: as in `layer_norm`.
+
+    Returns:
+        x + gate · y and its modulated norm, both (B, N, C).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `layer_norm`.
+    """
+    return _norm(x, y, gate, shift, scale, None, eps, backend)[:2]
+
+
 def layer_norm_window_mean(
     x: Tensor,
     grid: Sequence[int],
@@ -64,26 +118,64 @@ def layer_norm_window_mean(
     """LayerNorm of every token, and `window_mean` of the tokens as they were, by one read of them.
 
     These are the queries and the proxies of the global information interaction module (arXiv
-    2409.04005), before their projections. The norm has no affine parameters.
+    2409.04005), before their projections.
 
     Args:
-        x: (B, N, C) tokens in raster order, float16, bfloat16, float32 or float64.
-        grid: (f, h, w) or (h, w), with f·h·w = N.
-        window: (pf, ph, pw) or (ph, pw).
-        eps: added to the variance.
-        backend: "auto", "reference", "sdpa" or "triton".
+        x, grid, window: as in `window_mean`.
+        eps, backend: as in `layer_norm`.
 
     Returns:
         The normed tokens (B, N, C) and the proxies (B, M, C) in raster order.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what was expected.
-        RuntimeError: the named backend cannot run here.
+        TypeError, ValueError, RuntimeError: as `window_mean`.
     """
-    windows = WindowGrid(grid, window)
-    _check_tensors(3, "(B, N, C)", x=x)
-    _check_tokens(windows, x=x)
-    return _backend(backend, x, windows=windows).layer_norm_window_mean(x, windows, eps)
+    return _norm(x, None, None, None, None, WindowGrid(grid, window), eps, backend)[1:]
+
+
+def residual_layer_norm_window_mean(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    grid: Sequence[int],
+    window: Sequence[int],
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual x + gate · y, then its `layer_norm_window_mean`, in one pass.
+
+    Args:
+        x, y, gate: as in `residual_layer_norm`.
+        grid, window: as in `window_mean`.
+        eps, backend: as in `layer_norm`.
+
+    Returns:
+        x + gate · y and its norm (B, N, C), and the proxies (B, M, C).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `window_mean`.
+    """
+    return _norm(x, y, gate, None, None, WindowGrid(grid, window), eps, backend)
+
+
+def _norm(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    windows: WindowGrid | None,
+    eps: float,
+    backend: str,
+) -> tuple[Any, Any, Any]:
+    _check_norm(x, y, gate=gate, shift=shift, scale=scale)
+    if windows is not None:
+        _check_tokens(windows, x=x)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive; got {eps!r}")
+    run = _backend(backend, x, windows=windows).norm
+    return run(x, y, gate, shift, scale, windows, eps)
 
 
 def attention(
@@ -186,7 +278,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `auto` takes for a call, and each reason why another cannot run.
 
     Args:
-        op: "window_mean", "layer_norm_window_mean", "attention" or "window_attention".
+        op: the name of an operation, such as "window_attention".
         *args, **kwargs: what the operation would be called with; tensors, grid and window matter.
 
     Example:
@@ -212,7 +304,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 _OPS = {
     function.__name__: function
-    for function in (window_mean, layer_norm_window_mean, attention, window_attention)
+    for function in (
+        window_mean,
+        layer_norm,
+        residual_layer_norm,
+        layer_norm_window_mean,
+        residual_layer_norm_window_mean,
+        attention,
+        window_attention,
+    )
 }
 
 
@@ -221,6 +321,11 @@ def _backend(name: str, *tensors: Tensor, windows: WindowGrid | None = None) -> 
 
 
 def _check_tensors(ndim: int, shape: str, **tensors: Tensor) -> None:
+    _check_shapes(ndim, shape, **tensors)
+    _check_same(("dtype", "device"), **tensors)
+
+
+def _check_shapes(ndim: int, shape: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(t).__name__}")
@@ -230,10 +335,34 @@ def _check_tensors(ndim: int, shape: str, **tensors: Tensor) -> None:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
         if 0 in t.shape[1:]:
             raise ValueError(f"{name} may be empty in its batch only; got {tuple(t.shape)}")
-    for what in ("dtype", "device"):
+
+
+def _check_same(attributes: Sequence[str], **tensors: Tensor) -> None:
+    for what in attributes:
         if len({getattr(t, what) for t in tensors.values()}) > 1:
             got = ", ".join(f"{name} {getattr(t, what)}" for name, t in tensors.items())
             raise ValueError(f"{', '.join(tensors)} must have one {what}; got {got}")
+
+
+def _check_norm(x: Tensor, y: Tensor | None, **vectors: Tensor | None) -> None:
+    """`vectors` are gate, shift and scale; under autocast the dtypes may differ."""
+    tokens = dict(x=x) if y is None else dict(x=x, y=y)
+    given = {name: t for name, t in vectors.items() if t is not None}
+    _check_shapes(3, "(B, N, C)", **tokens)
+    _check_shapes(2, "(B, C)", **given)
+    if y is not None and y.shape != x.shape:
+        raise ValueError(
+            f"x and y must have one shape (B, N, C); got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    expected = (x.shape[0], x.shape[2])
+    for name, t in given.items():
+        if t.shape != expected:
+            raise ValueError(f"{name} must have shape (B, C) = {expected}; got {tuple(t.shape)}")
+    if ("shift" in given) != ("scale" in given):
+        raise ValueError(f"shift and scale come together; got {', '.join(given)} only")
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    _check_same(("device",) if autocast else ("dtype", "device"), **tokens, **given)
 
 
 def _check_tokens(windows: WindowGrid, **tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The specification: the three operations in plain math, slow and exact, for any float dtype.
+"""The specification: the operations in plain math, slow and exact, for any float dtype.
 
 Everything is computed in at least float32 (in float64 for float64 inputs) with autocast off, and
 rounded once at the end. All other backends are tested against these functions in float64.
@@ -27,11 +27,24 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
         return (sums / counts[:, None]).to(x.dtype)
 
 
-def layer_norm_window_mean(x: Tensor, windows: WindowGrid, eps: float) -> tuple[Tensor, Tensor]:
-    """LayerNorm of every token, and the means of the tokens as they were."""
+def norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    windows: WindowGrid | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """total = x + gate · y, LayerNorm(total) · (1 + scale) + shift, and total's window means.
+
+    The vectors are (B, C); what is None is left out.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        normed = F.layer_norm(_exact(x), x.shape[-1:], eps=eps).to(x.dtype)
-    return normed, window_mean(x, windows)
+        total = x
+        if y is not None:
+            update = _exact(y) if gate is None else _exact(y) * _exact(gate)[:, None]
+            total = (_exact(x) + update).to(torch.promote_types(x.dtype, y.dtype))
+        normed = F.layer_norm(_exact(total), x.shape[-1:], eps=eps)
+        if shift is not None and scale is not None:
+            normed = normed * (1 + _exact(scale)[:, None]) + _exact(shift)[:, None]
+    means = None if windows is None else window_mean(total, windows)
+    return total, normed.to(total.dtype), means
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:

@@ -23,8 +23,21 @@ def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
     return means.flatten(1, 3)
 
 
-def layer_norm_window_mean(x: Tensor, windows: WindowGrid, eps: float) -> tuple[Tensor, Tensor]:
-    return F.layer_norm(x, x.shape[-1:], eps=eps), window_mean(x, windows)
+def norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    windows: WindowGrid | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """In as few passes over the tokens as torch has: one for the sum, one or two for the norm."""
+    channels = x.shape[-1:]
+    if y is not None:
+        x = x + y if gate is None else torch.addcmul(x, gate[:, None], y)
+    means = None if windows is None else window_mean(x, windows)
+    if shift is None or scale is None:
+        return x, F.layer_norm(x, channels, eps=eps), means
+    if x.shape[0] == 1:  # one sample's modulation is an affine norm
+        return x, F.layer_norm(x, channels, 1 + scale[0], shift[0], eps), means
+    normed = F.layer_norm(x, channels, eps=eps)
+    return x, torch.addcmul(shift[:, None], normed, 1 + scale[:, None]), means
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:

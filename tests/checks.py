@@ -52,7 +52,9 @@ class Case:
         options = dict(self.options)
         if options.get("key_mask") is not None:
             options["key_mask"] = options["key_mask"][one]
-        tensors, grad_out = ([t[one] for t in ts] for ts in (self.tensors, self.grad_out))
+        tensors, grad_out = (
+            [t if t is None else t[one] for t in ts] for ts in (self.tensors, self.grad_out)
+        )
         return Case(self.op, tensors, tuple(grad_out), options)
 
     def copy(self):
@@ -135,7 +137,42 @@ def means(
     return Case(op, [x], grad_out, dict(grid=grid, window=window, **options))
 
 
+def norms(
+    lengths=(2, 35),
+    dtype=torch.float32,
+    *,
+    channels=24,
+    residual=True,
+    gated=True,
+    modulated=True,
+    window=None,
+    layout="contiguous",
+    upstream="contiguous",
+    size=1.0,
+    **options,
+):
+    """LayerNorm of (batch, tokens) with what stands around it; with `window`, tokens are a grid,
+    and their means take the place of the modulation. The vectors are views of one tensor."""
+    batch, tokens = lengths
+    shape = (batch, tokens if window is None else tokens_of(tokens), channels)
+    x, y = (normal(shape, dtype, layout, size) for _ in "xy")
+    gate, shift, scale = normal((batch, 6, channels), dtype).unbind(1)[1:4]
+    gate = gate if gated else None
+    shift, scale = (shift, scale) if modulated else (None, None)
+    op = "residual_layer_norm" if residual else "layer_norm"
+    tensors = [x, y, gate] if residual else [x]
+    if window is None:
+        tensors += [shift, scale]
+    else:
+        op += "_window_mean"
+        options |= dict(grid=tokens, window=window)
+    proxies = 0 if window is None else ptattn.WindowGrid(tokens, window).num_windows
+    counts = dict(total=shape[1], normed=shape[1], means=proxies)
+    shapes = [(batch, counts[name], channels) for name in NAMES[op][1]]
+    return Case(op, tensors, tuple(normal(s, dtype, upstream) for s in shapes), options)
+
+
 @redrawn_once
 def hold(backend, draw, *args, wanted=None, **sizes):
-    """Draw a case by `windows`, `dense` or `means` and hold it to the rule."""
+    """Draw a case by `windows`, `dense`, `means` or `norms` and hold it to the rule."""
     draw(*args, **sizes).check(backend, wanted)

@@ -22,6 +22,7 @@ TIME_LIMIT = 900  # seconds; the tests of one fault take less than half of it
 # What would notice a fault in the kernels, the likeliest first.
 TESTS = (
     "tests/test_triton.py",
+    "tests/test_triton_norm.py",
     "tests/test_bounds.py",
     "tests/test_launch.py",
     "tests/test_kernels.py",
@@ -32,10 +33,13 @@ FIRST = {
     "few_keys": "few_keys or no_key or layouts",
     "flash": "large_windows or many_keys or no_key or scales or absent",
     "pool": "means or norm",
+    "norm": "norm",
     "reduce": "parts",
     "window": "small_windows or bad_number or stays",
     "tile": "far_elements or every_small or large_scores or small_windows or few_keys_sizes",
-    "launch": "align or split or small_windows",
+    "launch/shared": "align or split or small_windows",
+    "launch/attention": "small_windows",
+    "launch/norms": "norm",
 }
 
 
@@ -171,31 +175,69 @@ FLASH = [
           'tl.where(new_high == float("-inf"), 0.0, new_high) if MASKED else new_high', "new_high"),
 ]  # fmt: skip
 
-REST = [
+NORM = [
     Fault("pool", "mean over the whole window's size",
-          "mean0, mean1 = sum0[None, :] / size", "mean0, mean1 = sum0[None, :] / (pf * ph * pw)"),
+          "sum0 / size, sum1 / size", "sum0 / (pf * ph * pw), sum1 / (pf * ph * pw)"),
     Fault("pool", "tokens counted by every split",
           "last = tl.minimum((split + 1) * share, size)", "last = size"),
-    Fault("pool", "gradient of the mean not divided", "m0.to(ACC) / size", "m0.to(ACC)"),
-    Fault("pool", "absent channels count in the variance",
+    Fault("pool", "gate of the first sample",
+          "load_vector(gate, batch, gate_b", "load_vector(gate, batch * 0, gate_b"),
+    Fault("norm", "absent channels count in the variance",
           "tl.where((START + tl.arange(0, WIDTH) < C)[None, :], x - mean[:, None], 0.0)",
           "x - mean[:, None]"),
-    Fault("pool", "norm without eps", "/ C + eps)", "/ C)"),
-    Fault("pool", "gradient of the norm without its mean", "g0 - mean - y0", "g0 - y0"),
-    Fault("pool", "gradient of the norm without its projection", " - y0 * along)", ")"),
-    Fault("reduce", "one part too few", "range(1, splits)", "range(2, splits)"),
-    Fault("reduce", "parts of another sample", "row * splits * inner", "row * inner"),
-    Fault("launch", "shift in the wrong direction", "*(-s % p for", "*(s for"),
-    Fault("launch", "last tile of windows missing",
-          "tiles = triton.cdiv(windows.num_windows, rows // slots)",
-          "tiles = max(1, windows.num_windows // (rows // slots))"),
-    Fault("launch", "alignment promised that is not there",
-          "return math.gcd(16, *strides)", "return 16"),
-    Fault("launch", "head dim padded beyond need",
-          "return (first, second) if first + second < whole else (whole, 0)", "return whole, 0"),
+    Fault("norm", "norm without eps", "/ C + eps)", "/ C)"),
+    Fault("norm", "residual without its gate", "if GATED:\n            y0, y1 = y0 * gate0",
+          "if False:\n            y0, y1 = y0 * gate0"),
+    Fault("norm", "norm of the sum before it is rounded",
+          "(x0 + y0).to(total.dtype.element_ty), (x1 + y1).to(total.dtype.element_ty)",
+          "x0 + y0, x1 + y1"),
+    Fault("norm", "second tile not scaled",
+          "x0 * (1.0 + scale0) + shift0, x1 * (1.0 + scale1) + shift1",
+          "x0 * (1.0 + scale0) + shift0, x1 * (1.0 + scale0) + shift1"),
+    Fault("norm", "modulation of the first sample",
+          "load_vector(shift, batch, shift_b", "load_vector(shift, batch * 0, shift_b"),
+    Fault("norm", "last rows not cut off", "valid = token < tokens", "valid = token < tokens + 1"),
+    Fault("norm", "gradient of the norm without its mean", "g0 - mean - x0", "g0 - x0"),
+    Fault("norm", "gradient of the norm without its projection",
+          "(g1 - mean - x1 * along)", "(g1 - mean)"),
+    Fault("norm", "gradient of the residual dropped",
+          "dx0, dx1 = dx0 + t0.to(ACC), dx1 + t1.to(ACC)", "dx0, dx1 = dx0, dx1 + t1.to(ACC)"),
+    Fault("norm", "gradient without the modulation's scale",
+          "g0 * (1.0 + scale0), g1 * (1.0 + scale1)", "g0, g1"),
+    Fault("norm", "gradient of the mean not divided", "m0.to(ACC) / size", "m0.to(ACC)"),
+    Fault("norm", "gradient of the gate by the gated branch",
+          "dgate0 += tl.sum(dx0 * y0.to(ACC), 0)[None, :]",
+          "dgate0 += tl.sum(dx0 * gate0 * y0.to(ACC), 0)[None, :]"),
+    Fault("norm", "gradient of the scale after the modulation",
+          "dscale0 += tl.sum(g0 * x0, 0)", "dscale0 += tl.sum(g0 * (1.0 + scale0) * x0, 0)"),
+    Fault("norm", "tokens summed by every split",
+          "last = tl.minimum((split + 1) * share, tokens)", "last = tokens"),
+    Fault("norm", "sums of shift and scale swapped", "COLUMNS - 2, dshift0", "COLUMNS - 1, dshift0"),
+    Fault("norm", "gated gradient without its gate",
+          "valid, dx0 * gate0, dx1 * gate1,", "valid, dx0, dx1,"),
 ]  # fmt: skip
 
-FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *REST]
+HOST = [
+    Fault("reduce", "one part too few", "range(1, splits)", "range(2, splits)"),
+    Fault("reduce", "parts of another sample", "row * splits * inner", "row * inner"),
+    Fault("launch/shared", "shift in the wrong direction", "*(-s % p for", "*(s for"),
+    Fault("launch/attention", "last tile of windows missing",
+          "tiles = triton.cdiv(windows.num_windows, rows // slots)",
+          "tiles = max(1, windows.num_windows // (rows // slots))"),
+    Fault("launch/shared", "alignment promised that is not there",
+          "return math.gcd(16, *strides)", "return 16"),
+    Fault("launch/shared", "head dim padded beyond need",
+          "return (first, second) if first + second < whole else (whole, 0)", "return whole, 0"),
+    Fault("launch/norms", "strides of the tokens swapped",
+          "total, normed, *strides_of(x, y_or), *vectors",
+          "total, normed, *strides_of(y_or, x), *vectors"),
+    Fault("launch/norms", "strides of the vectors swapped",
+          "for t in (gate, shift, scale)]", "for t in (shift, gate, scale)]"),
+    Fault("launch/norms", "rows beyond what is left",
+          "start(\n        kernel, b * splits,", "start(\n        kernel, b * max(1, splits - 1),"),
+]  # fmt: skip
+
+FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *NORM, *HOST]
 
 
 def run(fault: Fault | None, only: str = "") -> subprocess.CompletedProcess[str]:

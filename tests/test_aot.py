@@ -39,9 +39,9 @@ def test_default_configurations_pass_on_hopper(tmp_path, only):
 
 def test_every_kernel_builds_elsewhere(tmp_path):
     archs = ("sm80", "sm100", "gfx942")
-    only = r"bf16 (D64 (1x8x8|16384 to (64|256)$)|C384 1x8x8 norm)"
+    only = r"bf16 (D64 (1x8x8|16384 to (64|256)$)|C1152 (norm 1x8x8|norm 1x1x1|mean 1x8x8))"
     rows = gate(tmp_path, "--arch", *archs, "--only", only, "--processes", "1")
-    kernels = {*roofline.PRODUCTS, "pool_forward", "pool_backward", "sum_splits"}
+    kernels = {*roofline.PRODUCTS, "pool_forward", "norm_forward", "norm_backward", "sum_splits"}
     assert {(row["arch"], row["kernel"]) for row in rows} == set(product(archs, kernels))
 
 
@@ -237,7 +237,7 @@ def forward(case):
 
 
 def test_work_of_whole_windows_has_no_padding():
-    work = roofline.work(forward(aot.Case("pool", "bf16", 1152, (1, 1, 1))))
+    work = roofline.work(forward(aot.Case("mean", "bf16", 1152, (1, 1, 1))))
     assert (work.useful, work.padded, work.exponentials) == (0, 0, 0)
     assert work.bytes == 2 * 2 * 128 * 128 * 1152  # tokens in, means out
     dense = roofline.work(forward(aot.Case("dense", "bf16", 64, queries=128**2, keys=128)))

@@ -23,7 +23,7 @@ import torch
 
 from ptattn import WindowGrid
 from tests import conftest
-from tests.checks import Case, dense, means, windows
+from tests.checks import Case, dense, means, norms, windows
 
 pytest.importorskip("triton")
 from ptattn.kernels import launch
@@ -68,20 +68,24 @@ CASES = {
     "means, 24": lambda: means(SMALL, batch=1, channels=24),
     "means, 72": lambda: means(LARGE, batch=1, channels=72),
     "norm and means, 24": lambda: means(LARGE, op=NORM, batch=1, channels=24),
-    "norm and means, 72": lambda: means(SMALL_FAR, op=NORM, batch=1, channels=72),
+    "norm and means, 72": lambda: norms((1, SMALL_FAR[0]), channels=72, window=SMALL_FAR[1]),
+    "norm, 24": lambda: norms((1, 77), channels=24),
+    "norm, 72": lambda: norms((1, 35), channels=72, gated=False),
 }
 
 
 def moved(case, place):
     """The case with each tensor where `place` puts a copy."""
-    tensors, grad_out = ([place(t) for t in ts] for ts in (case.tensors, case.grad_out))
+    tensors, grad_out = (
+        [t if t is None else place(t) for t in ts] for ts in (case.tensors, case.grad_out)
+    )
     options = {k: place(o) if isinstance(o, torch.Tensor) else o for k, o in case.options.items()}
     return Case(case.op, tensors, tuple(grad_out), options)
 
 
 def all_tensors(case):
     options = [o for o in case.options.values() if isinstance(o, torch.Tensor)]
-    return [*case.tensors, *case.grad_out, *options]
+    return [t for t in (*case.tensors, *case.grad_out, *options) if t is not None]
 
 
 def assert_equal(results, expected):
@@ -111,7 +115,7 @@ def run_within(case, allocate):
         return allocate(math.prod(shape), dtype or x.dtype).view(shape)
 
     case = moved(case, lambda t: empty(t, *t.shape).copy_(t))
-    with mock.patch.object(launch, "_empty", empty):
+    with mock.patch.object(launch.shared, "empty", empty):
         return case, run_where_it_lies(case)
 
 
@@ -192,7 +196,7 @@ def read_beside(at_end):
 
 def read_one_token_too_many():
     tokens = guarded(76 * 24, torch.float32, at_end=True).view(1, 76, 24)
-    launch.pool(tokens, WindowGrid(*SMALL[:2]), None)
+    launch.window_mean(tokens, WindowGrid(*SMALL[:2]))
 
 
 def status_of_fork(function):

@@ -303,7 +303,8 @@ def test_explain(op):
 
 
 def test_explain_unknown_operation():
-    names = "window_mean, layer_norm_window_mean, attention, window_attention"
+    names = "window_mean, layer_norm, residual_layer_norm, layer_norm_window_mean, "
+    names += "residual_layer_norm_window_mean, attention, window_attention"
     with raises(ValueError, "op", names, "'softmax'"):
         ptattn.explain("softmax")
 

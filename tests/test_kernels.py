@@ -46,7 +46,7 @@ def coordinates(windows):
     count = triton.next_power_of_2(windows.num_windows + 1)  # with one past the last
     tokens = torch.empty(count, SLOTS, dtype=torch.int32)
     counts, owners = torch.empty(1, dtype=torch.int32), torch.empty(SLOTS, dtype=torch.int32)
-    geometry = launch._geometry(windows)
+    geometry = launch.geometry(windows)
     _coordinates[(1,)](tokens, counts, owners, *geometry, WINDOWS=count, SLOTS=SLOTS)
     assert counts.item() == windows.num_windows
     members = [row[row >= 0].tolist() for row in tokens]

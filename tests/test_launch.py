@@ -12,7 +12,7 @@ from ptattn.geometry import WindowGrid
 from tests.cases import LAYOUTS
 
 triton = pytest.importorskip("triton")
-from ptattn.kernels import configs, launch  # noqa: E402
+from ptattn.kernels import configs, launch, window  # noqa: E402
 
 WINDOWS = WindowGrid((4, 20, 30), (2, 4, 4), (1, 2, 2))
 LARGE = WindowGrid((4, 20, 30), (4, 8, 8), (2, 4, 4))
@@ -60,16 +60,16 @@ def test_split_of_channels_wastes_little():
 )
 def test_alignment_divides_every_stride(layout, align):
     t = LAYOUTS[layout](torch.empty, (3, 9, 5, 24))
-    assert launch._align(t) == align
+    assert launch.alignment(t) == align
     assert all(stride % align == 0 for stride in t.stride()[:-1])
 
 
 def test_alignment_of_odd_strides():
     t = torch.empty(2, 3, 2, 25)[..., :24]
-    assert launch._align(t) == 1
-    assert launch._align(t, torch.empty(2, 3, 2, 24)) == 1
+    assert launch.alignment(t) == 1
+    assert launch.alignment(t, torch.empty(2, 3, 2, 24)) == 1
     # A stride that only index 0 uses does not matter.
-    assert launch._align(torch.empty(7, 24).as_strided((1, 3, 2, 24), (7, 48, 24, 1))) == 8
+    assert launch.alignment(torch.empty(7, 24).as_strided((1, 3, 2, 24), (7, 48, 24, 1))) == 8
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,14 @@ def test_sizes_do_not_specialise():
     a new resolution would compile new kernels."""
     code = """
 import triton
-from ptattn.kernels import few_keys, flash, pool, reduce, window
-kernels = [k for m in (few_keys, flash, pool, reduce, window) for k in vars(m).values()
+from ptattn.kernels import few_keys, flash, norm, pool, reduce, window
+kernels = [k for m in (few_keys, flash, norm, pool, reduce, window) for k in vars(m).values()
            if isinstance(k, triton.JITFunction) and k.__module__ == m.__name__
-           and not k.__name__.startswith("_")]
-assert len(kernels) == 10, kernels
-pointers = {"x", "q", "k", "v", "g", "m", "mask", "out", "lse", "delta", "dq", "dk", "dv", "dx",
-            "means", "normed", "parts"}
+           and ("ward" in k.__name__ or k.__name__ == "sum_splits")]
+assert len(kernels) == 11, kernels
+pointers = {"x", "y", "q", "k", "v", "g", "m", "mask", "out", "lse", "delta", "dq", "dk", "dv",
+            "dx", "dy", "gate", "shift", "scale", "total", "normed", "means", "dtotal", "dnormed",
+            "dmeans", "parts", "sums"}
 for kernel in kernels:
     sizes = [p.name for p in kernel.params
              if not p.is_constexpr and p.name not in pointers and not p.do_not_specialize]
@@ -155,7 +156,7 @@ class Broken:
 
 def test_a_kernel_that_does_not_fit_is_named(monkeypatch):
     error = triton.OutOfResources(300_000, 232_448, "shared memory")
-    monkeypatch.setattr(launch.window, "window_forward", Broken(error))
+    monkeypatch.setattr(window, "window_forward", Broken(error))
     q = torch.randn(2, 12, 1, 16)
     with pytest.raises(launch.KernelError) as caught:
         ptattn.window_attention(q, q, q, (3, 4), (2, 2), backend="triton")
@@ -168,7 +169,7 @@ def test_out_of_memory_is_named(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(launch, "_empty", full)
+    monkeypatch.setattr(launch.shared, "empty", full)
     q = torch.randn(2, 12, 1, 16)
     with pytest.raises(torch.OutOfMemoryError, match=r"ptattn.attention of \(2, 12, 1, 16\)"):
         ptattn.attention(q, q, q, backend="triton")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptattn import GlobalInteraction, ProxyAttention, TextureComplement, WindowGrid
+from ptattn import GlobalInteraction, ProxyAttention, TextureComplement, WindowGrid, ops
 from ptattn.layers import Modulation, ZeroLinear
 
 DIM, HEADS = 24, 3
@@ -112,7 +112,8 @@ def test_modulated_global_interaction(batch, grid):
     windows = WindowGrid(grid, (2, 3))
     half = wake(GlobalInteraction(DIM, HEADS, dtype=torch.float64))
     x, m = tokens(batch, windows.num_tokens), modulation(batch)
-    assert_same_math(half(x, windows, m), global_interaction(half, x, windows, m))
+    normed, means = ops.layer_norm_window_mean(x, windows.grid, windows.window)
+    assert_same_math(half(normed, means, m), global_interaction(half, x, windows, m))
 
 
 @each_grid
@@ -122,7 +123,9 @@ def test_modulated_texture_complement(shift, batch, grid):
     windows = WindowGrid(grid, (2, 3))
     half = wake(TextureComplement(DIM, HEADS, shift=shift, dtype=torch.float64))
     x, m = tokens(batch, windows.num_tokens), (modulation(batch), modulation(batch))
-    assert_same_math(half(x, windows, m), texture_complement(half, x, windows, m))
+    first, second = half(x, ops.layer_norm(x, *m[0][:2]), windows, m)
+    assert_same_math(second.total, x + texture_complement(half, x, windows, m))
+    assert_same_math(first.total, second.x)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ptattn
 from ptattn import autograd  # noqa: F401  registers the operators
-from tests.checks import dense, key_mask, means, windows
+from tests.checks import dense, key_mask, means, norms, windows
 
 TINY = ((3, 5), (2, 2), (1, 1))
 TINY_LARGE = ((3, 5), (9, 8), (4, 4))
@@ -61,11 +61,25 @@ def test_opcheck_means(batch, layout):
     x = tokens(batch, 15, layout)[:, :, 0].detach().requires_grad_()
     geometry = ([1, 3, 5], [1, 2, 2])
     opcheck(OPS.window_mean.default, (x, *geometry))
-    opcheck(OPS.layer_norm_window_mean.default, (x, *geometry, 1e-6))
-    proxies = torch.randn(batch, 6, 8)
-    opcheck(OPS.window_mean_backward.default, (proxies, *geometry))
-    norm = (x.detach(), *geometry, 1e-6, torch.randn(batch, 15, 8), proxies)
-    opcheck(OPS.layer_norm_window_mean_backward.default, norm)
+    opcheck(OPS.window_mean_backward.default, (torch.randn(batch, 6, 8), *geometry))
+
+
+@pytest.mark.parametrize("with_means", [False, True], ids=["modulated", "means"])
+@pytest.mark.parametrize(("batch", "layout"), [(2, "contiguous"), (1, "step-2"), (0, "contiguous")])
+def test_opcheck_norm(batch, layout, with_means):
+    x, y = (tokens(batch, 15, layout)[:, :, 0].detach().requires_grad_() for _ in "xy")
+    gate, shift, scale = torch.randn(3, batch, 8, requires_grad=True).unbind()
+    geometry = ([1, 3, 5], [1, 2, 2]) if with_means else (None, None)
+    vectors = (None, None) if with_means else (shift, scale)
+    opcheck(OPS.norm.default, (x, y, gate, *vectors, *geometry, 1e-6, x.dtype))
+    x, y, gate, scale = (t.detach() for t in (x, y, gate, scale))
+    upstream = torch.randn_like(x), torch.randn_like(x)
+    if with_means:
+        upstream, scale = (*upstream, torch.randn(batch, 6, 8)), None
+    else:
+        upstream = (*upstream, None)
+    need = [True, True, not with_means]
+    opcheck(OPS.norm_backward.default, (x, y, gate, scale, *upstream, *geometry, 1e-6, need))
 
 
 def test_one_graph_for_every_grid():
@@ -76,6 +90,8 @@ def test_one_graph_for_every_grid():
         normed, proxies = ptattn.ops.layer_norm_window_mean(
             x, (h, w), (2, 3), eps=1e-6, backend="triton"
         )
+        gate, shift, scale = x[:, :3].unbind(1)
+        _, normed = ptattn.ops.residual_layer_norm(x, normed, gate, shift, scale, backend="triton")
         proxies = proxies + ptattn.window_mean(normed, (h, w), (2, 3), backend="triton")
         q, k = normed.unflatten(-1, (1, 8)), proxies.unflatten(-1, (1, 8))
         y = ptattn.attention(q, k, k, backend="triton")
@@ -100,6 +116,7 @@ CASES = {
     "layer_norm_window_mean": partial(
         means, TINY, channels=8, batch=1, op="layer_norm_window_mean"
     ),
+    "residual_layer_norm": partial(norms, (1, 15), channels=8),
     "attention": partial(dense, (5, 7), batch=1, heads=1, head_dim=8),
     "attention-many-keys": partial(dense, (5, 130), batch=1, heads=1, head_dim=8),
     "window_attention": partial(windows, TINY, batch=1, heads=1, head_dim=8),
@@ -115,7 +132,8 @@ def call(case, *tensors):
 
 @each_case
 def test_what_is_kept_for_the_backward(name):
-    """Inputs only, and where keys are looped over the output and its log-sum-exp."""
+    """Inputs only, and where keys are looped over the output and its log-sum-exp; of a residual the
+    sum in place of its first part."""
     case = CASES[name]()
     tensors = [t.requires_grad_() for t in case.tensors]
     kept = []
@@ -125,6 +143,7 @@ def test_what_is_kept_for_the_backward(name):
     expected = {
         "window_mean": [],
         "layer_norm_window_mean": [tensors[0].numel()],
+        "residual_layer_norm": [t.numel() for i, t in enumerate(tensors) if i != 3],
         "attention": [t.numel() for t in tensors],
         "window_attention": [t.numel() for t in tensors],
     }[case.op]
@@ -142,7 +161,7 @@ def test_double_backward_is_refused(name):
     tensors = [t.requires_grad_() for t in case.tensors]
     outs = call(case, *tensors)
     grads = torch.autograd.grad([o.square().sum() for o in outs], tensors, create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"ptattn.{case.op} has no double backward"):
+    with pytest.raises(RuntimeError, match=r"ptattn\.\w+ has no double backward"):
         torch.autograd.grad(grads[0].square().sum(), tensors[0])
 
 

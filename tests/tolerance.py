@@ -68,7 +68,10 @@ def assert_within_rule(name, ours, gold, eagers, ratio):
 # The inputs and outputs of each operation.
 NAMES = {
     "window_mean": ("x", ("out",)),
+    "layer_norm": (("x", "shift", "scale"), ("normed",)),
     "layer_norm_window_mean": ("x", ("normed", "means")),
+    "residual_layer_norm": (("x", "y", "gate", "shift", "scale"), ("total", "normed")),
+    "residual_layer_norm_window_mean": (("x", "y", "gate"), ("total", "normed", "means")),
     "attention": ("qkv", ("out",)),
     "window_attention": ("qkv", ("out",)),
 }
@@ -77,12 +80,13 @@ NAMES = {
 def evaluate(op, function, tensors, dtype, *, grad_out=None, wanted=None, **options):
     """Outputs, and gradients of the inputs that `wanted` names, by their names.
 
-    `grad_out` is the upstream gradient, one for each output; None asks for no gradients.
+    `grad_out` is the upstream gradient, one for each output; None asks for no gradients. An input
+    that is left out is None.
     """
     names, outputs = NAMES[op]
     wanted = (names if wanted is None else wanted) if grad_out is not None else ""
     leaves = {
-        name: t.detach().to(dtype).requires_grad_(name in wanted)
+        name: None if t is None else t.detach().to(dtype).requires_grad_(name in wanted)
         for name, t in zip(names, tensors, strict=True)
     }
     outs = function(*leaves.values(), **options)
@@ -90,8 +94,14 @@ def evaluate(op, function, tensors, dtype, *, grad_out=None, wanted=None, **opti
     results = {name: out.detach() for name, out in zip(outputs, outs, strict=True)}
     if wanted:
         upstream = grad_out if isinstance(grad_out, tuple) else (grad_out,)
-        sources = {f"d{name}": leaf for name, leaf in leaves.items() if name in wanted}
-        grads = torch.autograd.grad(outs, list(sources.values()), [g.to(dtype) for g in upstream])
+        sources = {
+            f"d{name}": leaf for name, leaf in leaves.items() if name in wanted and leaf is not None
+        }
+        pairs = [
+            (out, g.to(dtype)) for out, g in zip(outs, upstream, strict=True) if out.requires_grad
+        ]
+        reached, upstream = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(reached, list(sources.values()), upstream)
         results |= dict(zip(sources, grads, strict=True))
     return results
 
@@ -101,11 +111,12 @@ def check(op, *tensors, backend, grad_out=None, wanted=None, **options):
 
     Args:
         op: a name of NAMES.
-        tensors: x, or q, k and v.
+        tensors: the inputs that NAMES lists, such as q, k and v.
         backend: the backend under test.
         grad_out: upstream gradient, in the tested dtype, or a tuple of one for each output; None
             checks the forward only.
-        wanted: names of the inputs that require grad, such as "qv"; all by default.
+        wanted: names of the inputs that require grad, such as "qv" or ("x", "gate"); all by
+            default.
         options: what else the operation takes.
     """
     run = getattr(ptattn.ops, op)
@@ -184,24 +195,43 @@ def _eager_window_mean(x, grid, window, order=0):
     return torch.stack([x[:, m].mean(1) for m in members], dim=1)
 
 
-def _eager_layer_norm_window_mean(x, grid, window, eps=1e-6, order=0):
-    """With `order`, the norm is of the channels in another order, and for odd ones written out."""
-    means = _eager_window_mean(x, grid, window, order)
-    channels = torch.arange(x.shape[-1])
+def _eager_layer_norm(x, shift=None, scale=None, eps=1e-6, order=0):
+    """With `order`, of tokens and channels in another order, and for odd ones written out."""
+    tokens, channels = (torch.arange(n) for n in x.shape[1:])
     if order:
-        channels = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(order))
-    y = x[..., channels]
+        random = torch.Generator().manual_seed(order)
+        tokens, channels = (torch.randperm(n, generator=random) for n in x.shape[1:])
+    y = x[:, tokens][..., channels]
     if order % 2:
         y = y - y.mean(-1, keepdim=True)
         y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
     else:
         y = F.layer_norm(y, y.shape[-1:], eps=eps)
-    return y[..., channels.argsort()], means
+    if scale is not None:
+        y = y * (1 + scale[:, None, channels]) + shift[:, None, channels]
+    return y[..., channels.argsort()][:, tokens.argsort()]
+
+
+def _eager_layer_norm_window_mean(x, grid, window, eps=1e-6, order=0):
+    return _eager_layer_norm(x, eps=eps, order=order), _eager_window_mean(x, grid, window, order)
+
+
+def _eager_residual_layer_norm(x, y, gate=None, shift=None, scale=None, eps=1e-6, order=0):
+    total = x + (y if gate is None else gate[:, None] * y)
+    return total, _eager_layer_norm(total, shift, scale, eps, order)
+
+
+def _eager_residual_layer_norm_window_mean(x, y, gate, grid, window, eps=1e-6, order=0):
+    total = x + (y if gate is None else gate[:, None] * y)
+    return total, *_eager_layer_norm_window_mean(total, grid, window, eps, order)
 
 
 _EAGER = {
     "window_mean": _eager_window_mean,
+    "layer_norm": _eager_layer_norm,
     "layer_norm_window_mean": _eager_layer_norm_window_mean,
+    "residual_layer_norm": _eager_residual_layer_norm,
+    "residual_layer_norm_window_mean": _eager_residual_layer_norm_window_mean,
     "attention": _eager_attention,
     "window_attention": _eager_window_attention,
 }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import CrossAttention, Residual, SelfAttention
 from ..models.blocks import Condition
 from ..models.dit import DiTBlock
 from ..models.pixart import PixArtBlock
@@ -81,10 +82,12 @@ def build(block: Block, settings: Settings) -> Callable[[], Tensor]:
     options: dict[str, Any] = dict(device=settings.device, dtype=DTYPES[settings.dtype])
     config, dim = block.config, block.config.dim
     classes = {"PT-DiT": PTDiTBlock, "DiT": DiTBlock, "PixArt": PixArtBlock}
-    # Full attention is at its best on torch's own kernels, and those it gets.
-    own = block.family == "PT-DiT" or settings.backend != "triton"
-    backend = settings.backend if own else "sdpa"
-    module = classes[block.family](config, backend=backend).to(**options).eval()
+    module = classes[block.family](config, backend=settings.backend).to(**options).eval()
+    if block.family != "PT-DiT" and settings.backend == "triton":
+        # Full attention is at its best on torch's own kernels, and those it gets.
+        for attention in module.modules():
+            if isinstance(attention, SelfAttention | CrossAttention):
+                attention.backend = "sdpa"
     for parameter in module.parameters():
         # No layer stays zero: a GPU clocks higher when it multiplies zeros.
         nn.init.normal_(parameter, std=0.02)
@@ -97,8 +100,8 @@ def build(block: Block, settings: Settings) -> Callable[[], Tensor]:
     x = torch.randn(1, block.tokens, dim, **options)
     if block.family == "PT-DiT":
         proxies, windows = config.window_grids(block.grid)
-        return lambda: module(x, proxies, windows, condition)
-    return lambda: module(x, condition)
+        return lambda: module(Residual(x), proxies, windows, condition).total
+    return lambda: module(Residual(x), condition).total
 
 
 class Worker:

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..geometry import Triple
-from ..layers import Modulation, ZeroLinear, layer_norm
+from ..layers import Modulation, Residual, ZeroLinear
 from .configs import ModelConfig
 
 
@@ -202,9 +202,9 @@ class Mlp(nn.Sequential):
 class Output(nn.Module):
     """Tokens to latents: modulated norm (by a table for text, a layer for classes), unpatchify."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        d = config.dim
+        d, self.backend = config.dim, backend
         self.patch_size = config.patch_size
         self.table: nn.Parameter | None = None
         if config.num_classes is None:
@@ -213,16 +213,17 @@ class Output(nn.Module):
             self.linear = ZeroLinear(d, 2 * d)
         self.proj = ZeroLinear(d, config.patch_size**2 * config.out_channels)
 
-    def forward(self, x: Tensor, grid: Triple, embedding: Tensor) -> Tensor:
-        """(B, N, D) on grid (f, h, w) -> (B, C, f, h·patch, w·patch)."""
+    def forward(self, stream: Residual, grid: Triple, embedding: Tensor) -> Tensor:
+        """(B, N, D) tokens on grid (f, h, w) -> (B, C, f, h·patch, w·patch)."""
         if self.table is not None:
             modulation = (self.table + embedding[:, None]).unbind(1)
         else:
             modulation = self.linear(F.silu(embedding)).chunk(2, dim=-1)
+        _, x = stream.norm(modulation, self.backend)
         f, h, w = grid
         p = self.patch_size
         cut = "b (f h w) (p q c) -> b c f (h p) (w q)"
-        return rearrange(self.proj(layer_norm(x, modulation)), cut, f=f, h=h, w=w, p=p, q=p)
+        return rearrange(self.proj(x), cut, f=f, h=h, w=w, p=p, q=p)
 
 
 def initialize_weights(model: nn.Module) -> None:

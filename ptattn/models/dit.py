@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import SelfAttention, layer_norm
+from ..layers import Residual, SelfAttention
 from .blocks import (
     AdaLNZero,
     ClassCondition,
@@ -22,15 +22,18 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.attn = SelfAttention(config.dim, config.num_heads, backend=backend)
         self.mlp = Mlp(config.dim)
         self.modulation = AdaLNZero(config.dim, count=2)
 
-    def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, stream: Residual, condition: Condition) -> Residual:
+        """(B, N, D) tokens."""
         attn, mlp = self.modulation(condition.modulation)
-        x = attn.add_gated(x, self.attn(layer_norm(x, attn)))
-        return mlp.add_gated(x, self.mlp(layer_norm(x, mlp)))
+        x, normed = stream.norm(attn, self.backend)
+        stream = Residual(x, self.attn(normed), attn.gate)
+        x, normed = stream.norm(mlp, self.backend)
+        return Residual(x, self.mlp(normed), mlp.gate)
 
 
 class DiT(nn.Module):
@@ -47,7 +50,7 @@ class DiT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.condition = ClassCondition(config)
         self.blocks = nn.ModuleList(DiTBlock(config, backend=backend) for _ in range(config.depth))
-        self.output = Output(config)
+        self.output = Output(config, backend=backend)
         initialize_weights(self)
 
     def forward(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
@@ -66,7 +69,8 @@ class DiT(nn.Module):
         """
         condition = self.condition(timestep, labels=labels)
         x, grid = self.patch_embed(latents)
+        stream = Residual(x)
         for block in self.blocks:
-            x = block(x, condition)
-        x = self.output(x, grid, condition.embedding)
+            stream = block(stream, condition)
+        x = self.output(stream, grid, condition.embedding)
         return x if latents.ndim == 5 else x.squeeze(2)

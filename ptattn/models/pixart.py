@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import CrossAttention, SelfAttention, ZeroLinear, layer_norm
+from ..layers import CrossAttention, Residual, SelfAttention, ZeroLinear
 from .blocks import (
     AdaLNSingle,
     Condition,
@@ -22,19 +22,22 @@ class PixArtBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        dim, heads = config.dim, config.num_heads
+        dim, heads, self.backend = config.dim, config.num_heads, backend
         self.attn = SelfAttention(dim, heads, backend=backend)
         self.text_attn = CrossAttention(dim, heads, backend=backend)
         self.text_attn.proj = ZeroLinear(dim, dim)
         self.mlp = Mlp(dim)
         self.modulation = AdaLNSingle(dim)
 
-    def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, stream: Residual, condition: Condition) -> Residual:
+        """(B, N, D) tokens."""
         attn, mlp = self.modulation(condition.modulation)
-        x = attn.add_gated(x, self.attn(layer_norm(x, attn)))
-        x = x + self.text_attn(x, condition.text, condition.text_mask)
-        return mlp.add_gated(x, self.mlp(layer_norm(x, mlp)))
+        x, normed = stream.norm(attn, self.backend)
+        stream = Residual(x, self.attn(normed), attn.gate)
+        x = stream.total  # the text is asked by tokens that are not normed
+        stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
+        x, normed = stream.norm(mlp, self.backend)
+        return Residual(x, self.mlp(normed), mlp.gate)
 
 
 class PixArt(nn.Module):
@@ -53,7 +56,7 @@ class PixArt(nn.Module):
         self.blocks = nn.ModuleList(
             PixArtBlock(config, backend=backend) for _ in range(config.depth)
         )
-        self.output = Output(config)
+        self.output = Output(config, backend=backend)
         initialize_weights(self)
 
     def forward(
@@ -79,7 +82,8 @@ class PixArt(nn.Module):
         """
         condition = self.condition(timestep, caption, caption_mask)
         x, grid = self.patch_embed(latents)
+        stream = Residual(x)
         for block in self.blocks:
-            x = block(x, condition)
-        x = self.output(x, grid, condition.embedding)
+            stream = block(stream, condition)
+        x = self.output(stream, grid, condition.embedding)
         return x if latents.ndim == 5 else x.squeeze(2)

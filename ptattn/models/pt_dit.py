@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid
-from ..layers import CrossAttention, GlobalInteraction, TextureComplement, ZeroLinear, layer_norm
+from ..layers import CrossAttention, GlobalInteraction, Residual, TextureComplement, ZeroLinear
 from .blocks import (
     AdaLNSingle,
     AdaLNZero,
@@ -33,7 +33,7 @@ class PTDiTBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        dim, heads = config.dim, config.num_heads
+        dim, heads, self.backend = config.dim, config.num_heads, backend
         self.global_interaction = GlobalInteraction(dim, heads, backend=backend)
         self.texture_complement = TextureComplement(dim, heads, shift=config.shift, backend=backend)
         self.mlp = Mlp(dim)
@@ -47,15 +47,19 @@ class PTDiTBlock(nn.Module):
             self.modulation = AdaLNZero(dim, count=4)
 
     def forward(
-        self, x: Tensor, proxies: WindowGrid, windows: WindowGrid, condition: Condition
-    ) -> Tensor:
-        """(B, N, D) -> (B, N, D), one proxy per window of `proxies`, attention within `windows`."""
+        self, stream: Residual, proxies: WindowGrid, windows: WindowGrid, condition: Condition
+    ) -> Residual:
+        """(B, N, D) tokens, one proxy per window of `proxies`, attention within `windows`."""
         window, mlp, shifted, *proxy = self.modulation(condition.modulation)
-        x = x + self.global_interaction(x, proxies, *proxy)
-        x = x + self.texture_complement(x, windows, (window, shifted))
+        x, normed, means = stream.norm_and_means(proxies, self.backend)
+        stream = Residual(x, self.global_interaction(normed, means, *proxy))
+        x, normed = stream.norm(window, self.backend)
+        _, stream = self.texture_complement(x, normed, windows, (window, shifted))
         if self.text_attn is not None:
-            x = x + self.text_attn(x, condition.text, condition.text_mask)
-        return mlp.add_gated(x, self.mlp(layer_norm(x, mlp)))
+            x = stream.total  # the text is asked by tokens that are not normed
+            stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
+        x, normed = stream.norm(mlp, self.backend)
+        return Residual(x, self.mlp(normed), mlp.gate)
 
 
 class PTDiT(nn.Module):
@@ -81,7 +85,7 @@ class PTDiT(nn.Module):
         self.blocks = nn.ModuleList(
             PTDiTBlock(config, backend=backend) for _ in range(config.depth)
         )
-        self.output = Output(config)
+        self.output = Output(config, backend=backend)
         initialize_weights(self)
 
     def forward(
@@ -110,7 +114,8 @@ class PTDiT(nn.Module):
         condition = self.condition(timestep, caption, caption_mask, labels)
         x, grid = self.patch_embed(latents)
         proxies, windows = self.config.window_grids(grid)
+        stream = Residual(x)
         for block in self.blocks:
-            x = block(x, proxies, windows, condition)
-        x = self.output(x, grid, condition.embedding)
+            stream = block(stream, proxies, windows, condition)
+        x = self.output(stream, grid, condition.embedding)
         return x if latents.ndim == 5 else x.squeeze(2)

@@ -1,0 +1,214 @@
+"""LayerNorm of tokens, with the residual before it and the modulation after it, in one pass.
+
+    total = x + gate · y;  normed = LayerNorm(total) · (1 + scale) + shift
+
+gate, shift and scale are vectors of a sample; the norm has no affine parameters of its own. Where
+the window means of `total` are wanted too, `pool_forward` takes the place of `norm_forward`; the
+backward of both is `norm_backward`. A program owns whole rows of channels. The gradients of the
+vectors are sums over tokens: every program writes its part, `reduce.sum_splits` adds them up.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import (
+    box_size,
+    load_rows,
+    num_tokens,
+    row_dots,
+    store_rows,
+    window_box,
+    window_of,
+    zeros,
+)
+
+VECTORS = ("gate_b", "shift_b", "scale_b")
+RUNTIME = ("x_b", "x_n", "y_b", "y_n", *VECTORS, "tokens", "eps")
+RUNTIME_BACKWARD = (
+    *(f"{x}_{axis}" for x in ("x", "y", "dtotal", "dnormed", "dmeans") for axis in "bn"),
+    *("gate_b", "scale_b", "splits", "eps", "f", "h", "w", "pf", "ph", "pw", "of", "oh", "ow"),
+)
+
+
+@triton.jit
+def load_vector(
+    x, batch, stride, WANTED: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A sample's vector as [1, C0], [1, C1]; zeros unless WANTED."""
+    x0, x1 = zeros(1, C0, C1, ACC)
+    if WANTED:
+        row, one = batch + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)
+        x0, x1 = load_rows(x, row, stride, one, C, C0, C1, ALIGN)
+        x0, x1 = x0.to(ACC), x1.to(ACC)
+    return x0, x1
+
+
+@triton.jit
+def add_residual(
+    x0, x1, y, y_n, gate0, gate1, total, token, valid, ADD: tl.constexpr, GATED: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """With ADD, stores x + y or x + gate · y in `total` and returns it as it was rounded there."""
+    if ADD:
+        y0, y1 = load_rows(y, token, y_n, valid, C, C0, C1, ALIGN)
+        y0, y1 = y0.to(ACC), y1.to(ACC)
+        if GATED:
+            y0, y1 = y0 * gate0, y1 * gate1
+        x0, x1 = (x0 + y0).to(total.dtype.element_ty), (x1 + y1).to(total.dtype.element_ty)
+        store_rows(total, token, C, valid, x0, x1, C, C0, C1, C & -C)
+        x0, x1 = x0.to(ACC), x1.to(ACC)
+    return x0, x1
+
+
+@triton.jit
+def _center(x, mean, START: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """x - mean, but 0 past channel C."""
+    return tl.where((START + tl.arange(0, WIDTH) < C)[None, :], x - mean[:, None], 0.0)
+
+
+@triton.jit
+def _row_means(x0, x1, C: tl.constexpr, C1: tl.constexpr):
+    """Means over channels, [R]; there must be zeros past channel C."""
+    total = tl.sum(x0, 1)
+    if C1 > 0:
+        total += tl.sum(x1, 1)
+    return total / C
+
+
+@triton.jit
+def normalize(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ACC: tl.constexpr):
+    """LayerNorm of [R, C0], [R, C1], and the factor 1 / deviation [R]; 0 past channel C."""
+    mean = _row_means(x0, x1, C, C1)
+    x0 = _center(x0, mean, 0, C0, C)
+    if C1 > 0:
+        x1 = _center(x1, mean, C0, C1, C)
+    factor = 1.0 / tl.sqrt(row_dots(x0, x1, x0, x1, C1, ACC) / C + eps)
+    x0 = x0 * factor[:, None]
+    if C1 > 0:
+        x1 = x1 * factor[:, None]
+    return x0, x1, factor
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def norm_forward(
+    x, y, gate, shift, scale, total, normed,
+    x_b: tl.int64, x_n: tl.int64, y_b: tl.int64, y_n: tl.int64,
+    gate_b: tl.int64, shift_b: tl.int64, scale_b: tl.int64, tokens, eps,
+    ADD: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """total, with ADD, and normed: (B, N, C), contiguous."""
+    blocks = tl.cdiv(tokens, ROWS)
+    token = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    valid = token < tokens
+    own = batch * tokens * C
+    x += tl.multiple_of(batch * x_b, ALIGN)
+    y += tl.multiple_of(batch * y_b, ALIGN)
+    gate0, gate1 = load_vector(gate, batch, gate_b, GATED, C, C0, C1, ALIGN, ACC)
+    x0, x1 = load_rows(x, token, x_n, valid, C, C0, C1, ALIGN)
+    x0, x1 = add_residual(
+        x0.to(ACC), x1.to(ACC), y, y_n, gate0, gate1, total + own, token, valid, ADD, GATED,
+        C, C0, C1, ALIGN, ACC,
+    )  # fmt: skip
+    x0, x1, _ = normalize(x0, x1, eps, C, C0, C1, ACC)
+    if MODULATED:
+        shift0, shift1 = load_vector(shift, batch, shift_b, True, C, C0, C1, ALIGN, ACC)
+        scale0, scale1 = load_vector(scale, batch, scale_b, True, C, C0, C1, ALIGN, ACC)
+        x0, x1 = x0 * (1.0 + scale0) + shift0, x1 * (1.0 + scale1) + shift1
+    store_rows(normed + own, token, C, valid, x0, x1, C, C0, C1, C & -C)
+
+
+@triton.jit
+def _store_sums(
+    sums, row, column, x0, x1, COLUMNS: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+):  # fmt: skip
+    """Write the column'th of COLUMNS vectors [1, C0], [1, C1] of a program."""
+    row, one = row + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)
+    store_rows(sums + column * C, row, COLUMNS * C, one, x0, x1, C, C0, C1, C & -C)
+
+
+@triton.jit(do_not_specialize=RUNTIME_BACKWARD)
+def norm_backward(
+    x, y, gate, scale, dtotal, dnormed, dmeans, dx, dy, sums,
+    x_b: tl.int64, x_n: tl.int64, y_b: tl.int64, y_n: tl.int64,
+    dtotal_b: tl.int64, dtotal_n: tl.int64, dnormed_b: tl.int64, dnormed_n: tl.int64,
+    dmeans_b: tl.int64, dmeans_n: tl.int64, gate_b: tl.int64, scale_b: tl.int64,
+    splits, eps, f, h, w, pf, ph, pw, of, oh, ow,
+    NORM: tl.constexpr, MEANS: tl.constexpr, TOTAL: tl.constexpr, GATED: tl.constexpr,
+    MODULATED: tl.constexpr, NEED_Y: tl.constexpr, NEED_GATE: tl.constexpr,
+    NEED_MODULATION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx and, for a gated y, dy (B, N, C); sums (B, splits, (1 +) 2, C), the parts of the gradients
+    of gate, shift and scale that are needed.
+
+    x is what was normed, with the residual. With n = LayerNorm(x) and g = dnormed · (1 + scale):
+
+        dx = (g - mean(g) - n · mean(g ∘ n)) / deviation + dtotal + dmeans / window's size
+        dy = gate · dx;  dgate = Σ dx ∘ y;  dshift = Σ dnormed;  dscale = Σ dnormed ∘ n
+    """
+    geometry = (f, h, w, pf, ph, pw, of, oh, ow)
+    tokens = num_tokens(geometry)
+    split = tl.program_id(0) % splits
+    batch = (tl.program_id(0) // splits).to(tl.int64)
+    OUT: tl.constexpr = C & -C
+    COLUMNS: tl.constexpr = (1 if NEED_GATE else 0) + (2 if NEED_MODULATION else 0)
+    own = batch * tokens * C
+    x += tl.multiple_of(batch * x_b, ALIGN)
+    y += tl.multiple_of(batch * y_b, ALIGN)
+    dtotal += tl.multiple_of(batch * dtotal_b, ALIGN)
+    dnormed += tl.multiple_of(batch * dnormed_b, ALIGN)
+    dmeans += tl.multiple_of(batch * dmeans_b, ALIGN)
+    gate0, gate1 = load_vector(gate, batch, gate_b, GATED, C, C0, C1, ALIGN, ACC)
+    scale0, scale1 = load_vector(scale, batch, scale_b, MODULATED, C, C0, C1, ALIGN, ACC)
+    dgate0, dgate1 = zeros(1, C0, C1, ACC)
+    dshift0, dshift1 = zeros(1, C0, C1, ACC)
+    dscale0, dscale1 = zeros(1, C0, C1, ACC)
+    share = tl.cdiv(tl.cdiv(tokens, ROWS), splits) * ROWS
+    last = tl.minimum((split + 1) * share, tokens)
+    for start in tl.range(split * share, last, ROWS, num_stages=STAGES):
+        token = start + tl.arange(0, ROWS)
+        valid = token < last
+        dx0, dx1 = zeros(ROWS, C0, C1, ACC)
+        if NORM:
+            x0, x1 = load_rows(x, token, x_n, valid, C, C0, C1, ALIGN)
+            x0, x1, factor = normalize(x0.to(ACC), x1.to(ACC), eps, C, C0, C1, ACC)
+            g0, g1 = load_rows(dnormed, token, dnormed_n, valid, C, C0, C1, ALIGN)
+            g0, g1 = g0.to(ACC), g1.to(ACC)
+            if NEED_MODULATION:
+                dshift0 += tl.sum(g0, 0)[None, :]
+                dscale0 += tl.sum(g0 * x0, 0)[None, :]
+                if C1 > 0:
+                    dshift1 += tl.sum(g1, 0)[None, :]
+                    dscale1 += tl.sum(g1 * x1, 0)[None, :]
+            g0, g1 = g0 * (1.0 + scale0), g1 * (1.0 + scale1)
+            mean = _row_means(g0, g1, C, C1)[:, None]
+            along = (row_dots(g0, g1, x0, x1, C1, ACC) / C)[:, None]
+            dx0 = (g0 - mean - x0 * along) * factor[:, None]
+            dx1 = (g1 - mean - x1 * along) * factor[:, None]
+        if TOTAL:
+            t0, t1 = load_rows(dtotal, token, dtotal_n, valid, C, C0, C1, ALIGN)
+            dx0, dx1 = dx0 + t0.to(ACC), dx1 + t1.to(ACC)
+        if MEANS:
+            window = window_of(token, geometry)
+            # Past the last token a window may have no size, and 0 / 0 would reach the sums.
+            size = tl.maximum(box_size(window_box(window, geometry)), 1).to(ACC)[:, None]
+            m0, m1 = load_rows(dmeans, window, dmeans_n, valid, C, C0, C1, ALIGN)
+            dx0, dx1 = dx0 + m0.to(ACC) / size, dx1 + m1.to(ACC) / size
+        store_rows(dx + own, token, C, valid, dx0, dx1, C, C0, C1, OUT)
+        if NEED_GATE:
+            y0, y1 = load_rows(y, token, y_n, valid, C, C0, C1, ALIGN)
+            dgate0 += tl.sum(dx0 * y0.to(ACC), 0)[None, :]
+            if C1 > 0:
+                dgate1 += tl.sum(dx1 * y1.to(ACC), 0)[None, :]
+        if GATED and NEED_Y:
+            store_rows(dy + own, token, C, valid, dx0 * gate0, dx1 * gate1, C, C0, C1, OUT)
+    row = batch * splits + split
+    if NEED_GATE:
+        _store_sums(sums, row, 0, dgate0, dgate1, COLUMNS, C, C0, C1)
+    if NEED_MODULATION:
+        _store_sums(sums, row, COLUMNS - 2, dshift0, dshift1, COLUMNS, C, C0, C1)
+        _store_sums(sums, row, COLUMNS - 1, dscale0, dscale1, COLUMNS, C, C0, C1)
