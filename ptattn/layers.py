@@ -143,6 +143,10 @@ class GlobalInteraction(nn.Module):
     arXiv 2409.04005, the global information interaction module.
     """
 
+    # Z times the attention's output projection, once `fold` has made it.
+    folded_weight: Tensor | None
+    folded_bias: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -160,6 +164,19 @@ class GlobalInteraction(nn.Module):
         self.proxy_attn = SelfAttention(dim, num_heads, **options)
         self.cross_attn = CrossAttention(dim, num_heads, **options)
         self.zero = ZeroLinear(dim, dim, device=device, dtype=dtype)
+        self.unfold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make one layer of the last two, which follow each other, for inference."""
+        proj = self.cross_attn.proj
+        weight, bias = fold_linear(self.zero.weight, self.zero.bias, proj)
+        self.register_buffer("folded_weight", weight, persistent=False)
+        self.register_buffer("folded_bias", bias, persistent=False)
+
+    def unfold(self) -> None:
+        for name in ("folded_weight", "folded_bias"):
+            self.register_buffer(name, None, persistent=False)
 
     def forward(
         self, normed: Tensor, proxies: Tensor, modulation: Modulation | None = None
@@ -175,7 +192,9 @@ class GlobalInteraction(nn.Module):
         _, p = Residual(proxies).norm(modulation, backend)
         gate = None if modulation is None else modulation.gate
         _, p = Residual(proxies, self.proxy_attn(p), gate).norm(None, backend)
-        return self.zero(self.cross_attn(normed, p))
+        if self.folded_weight is None:
+            return self.zero(self.cross_attn(normed, p))
+        return F.linear(self.cross_attn.attend(normed, p), self.folded_weight, self.folded_bias)
 
 
 class TextureComplement(nn.Module):
@@ -200,6 +219,7 @@ class TextureComplement(nn.Module):
     ) -> None:
         super().__init__()
         self.shift = shift
+        self.folds = False  # whether the last two layers and the gate are made one, for inference
         options: dict[str, Any] = dict(
             qkv_bias=qkv_bias, backend=backend, device=device, dtype=dtype
         )
@@ -224,9 +244,24 @@ class TextureComplement(nn.Module):
         plain, shifted = modulation or (None, None)
         first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
         x, normed = first.norm(shifted, self.window_attn.backend)
-        z = self.shifted_attn(normed, windows.shifted() if self.shift else windows)
-        z = gated_linear(z, shifted.gate, self.zero) if shifted else self.zero(z)
-        return first, Residual(x, z)
+        z = self.shifted_attn.attend(normed, windows.shifted() if self.shift else windows)
+        return first, Residual(x, self._close(z, shifted.gate if shifted else None))
+
+    def _close(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Z · (gate · projection of x)."""
+        proj, zero = self.shifted_attn.proj, self.zero
+        # One matrix per sample costs C products for each channel, two layers one for each token.
+        if self.folds and gate is not None and x.shape[1] > 2 * x.shape[2]:
+            weight, bias = fold_linear(zero.weight * gate[:, None], zero.bias, proj)
+            return torch.baddbmm(bias[:, None], x, weight.mT)
+        x = proj(x)
+        return zero(x) if gate is None else gated_linear(x, gate, zero)
+
+
+def fold_linear(weight: Tensor, bias: Tensor, inner: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one layer that does what `inner` and then (weight, bias) do; the weight is
+    one matrix (C, C) or one per sample (B, C, C)."""
+    return weight @ inner.weight, weight @ inner.bias + bias
 
 
 def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:

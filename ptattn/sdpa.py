@@ -56,7 +56,12 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
         (nf, pf), (nh, ph), (nw, pw) = ((run.count, run.size) for run in slab)
         cut = "b (nf pf) (nh ph) (nw pw) h d -> (b nf nh nw) (pf ph pw) h d"
         sizes = dict(nf=nf, pf=pf, nh=nh, ph=ph, nw=nw, pw=pw)
+        part = q.shape[1:4] != windows.grid
         q, k, v = (rearrange(t, cut, **sizes) for t in (q, k, v))
+        if (
+            part
+        ):  # a slab of one window is a view still, which would keep the whole for the backward
+            q, k, v = (t.contiguous() for t in (q, k, v))
         out = _sdpa(q, k, v, scale)
         join = "(b nf nh nw) (pf ph pw) h d -> b (nf pf) (nh ph) (nw pw) h d"
         return rearrange(out, join, **sizes)

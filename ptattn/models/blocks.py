@@ -40,6 +40,7 @@ class PatchEmbed(nn.Module):
         grid = (f, h // p, w // p)
         x = self.proj(latents.transpose(1, 2).flatten(0, 1))  # (B·F, D, h, w)
         x = x.unflatten(0, (b, f)).flatten(3).transpose(2, 3).flatten(1, 2)
+        x = x.to(self.proj.weight.dtype)  # under autocast the residual stream stays wide
         return x + position_embedding(grid, x, self.position_scale), grid
 
 

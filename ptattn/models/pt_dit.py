@@ -5,6 +5,8 @@ One code path for text and classes, images and video.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid
@@ -86,7 +88,58 @@ class PTDiT(nn.Module):
             PTDiTBlock(config, backend=backend) for _ in range(config.depth)
         )
         self.output = Output(config, backend=backend)
+        self.fused = False
         initialize_weights(self)
+
+    def fuse_for_inference(self) -> PTDiT:
+        """Make one matrix product of two where linear layers follow each other, exactly.
+
+        Z times the output projection of the cross-attention once, for all calls; Z times the gate
+        times that of the shifted-window attention in every call that has more than 2·D tokens,
+        where it pays. 20·D² to 19·D² multiply-adds per token and block are left of 22·D². The
+        state dict stays as it is.
+
+        Returns:
+            The model.
+
+        Raises:
+            RuntimeError: in training mode, or fused already.
+        """
+        if self.training:
+            raise RuntimeError("fuse_for_inference is for inference: call model.eval() first")
+        if self.fused:
+            raise RuntimeError("the model is fused already")
+        self._fuse(True)
+        return self
+
+    def unfuse(self) -> PTDiT:
+        """Undo `fuse_for_inference`.
+
+        Raises:
+            RuntimeError: not fused.
+        """
+        if not self.fused:
+            raise RuntimeError("the model is not fused")
+        self._fuse(False)
+        return self
+
+    def _fuse(self, fused: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, GlobalInteraction):
+                module.fold() if fused else module.unfold()
+            elif isinstance(module, TextureComplement):
+                module.folds = fused
+        self.fused = fused
+
+    def train(self, mode: bool = True) -> PTDiT:
+        if mode and self.fused:
+            raise RuntimeError("a fused model cannot train: call unfuse() first")
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.fused:
+            raise RuntimeError("a fused model takes no weights: call unfuse() first")
+        super()._load_from_state_dict(*args)
 
     def forward(
         self,
