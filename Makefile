@@ -9,7 +9,7 @@ comma := ,
 PYTEST_CPU = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-full test-gpu mutants bench lint wheel clean
+.PHONY: help compare demo test test-full test-gpu mutants bench lint wheel clean
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
 
@@ -19,10 +19,10 @@ help: ## list the targets
 compare: $(VENV)/.stamp-bench ## proxy-tokenized against full attention on this machine (ARGS="...")
 	$(BIN)/ptattn compare $(ARGS)
 
-test: $(VENV)/.stamp-test ## the tests of every change, on the CPU (ARGS="...")
+test: $(VENV)/.stamp-test-t2x-train ## the tests of every change, on the CPU (ARGS="...")
 	$(PYTEST_CPU) -m "not long and not gpu" $(ARGS)
 
-test-full: $(VENV)/.stamp-test ## every CPU test, the long ones too
+test-full: $(VENV)/.stamp-test-t2x-train ## every CPU test, the long ones too
 	HYPOTHESIS_PROFILE=full $(PYTEST_CPU) -m "not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.stamp-test ## the tests that need a CUDA GPU
@@ -30,6 +30,9 @@ test-gpu: $(VENV)/.stamp-test ## the tests that need a CUDA GPU
 
 mutants: $(VENV)/.stamp-test ## whether the tests catch seeded faults in the kernels (ARGS="...")
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+demo: $(VENV)/.stamp-train ## PT-DiT and DiT learn digits for equal time; 15 minutes on 2 cores
+	$(BIN)/python -m ptattn.train.demo $(ARGS)
 
 bench: $(VENV)/.stamp-bench-t2x ## the benchmark suites (ARGS="...")
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

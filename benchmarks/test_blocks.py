@@ -1,35 +1,31 @@
-"""Time of whole blocks, eager and compiled: `pytest benchmarks/test_blocks.py`.
+"""Time of one block at small sizes: `pytest benchmarks/test_blocks.py`.
 
-For ratios, `python -m benchmarks.block_ratios` is the better judge: there the blocks take turns.
+`ptattn bench block` is the better judge: there the contenders take turns.
 """
 
 from __future__ import annotations
 
-import functools
-
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import BLOCKS, COMPILED, DTYPES, SIDES, BlockCase
+from ptattn.bench import model_run
+from ptattn.bench.contenders import block_subject, contenders
+from ptattn.bench.floor import TASKS
+from ptattn.compare.cases import Size, plan
+from ptattn.compare.worker import Settings
 
-COMPILABLE = ("ptattn PT-DiT", "diffusers PixArt")
+MODELS = ("pt-dit-b", "dit-b", "pixart-alpha")
 
 
-@functools.lru_cache(maxsize=1)  # one shape's weights and activations at a time
-def _case(tokens: int, dtype: str) -> BlockCase:
-    return BlockCase(tokens, DTYPES[dtype])
-
-
-@pytest.mark.parametrize("name", [*BLOCKS, *(name + COMPILED for name in COMPILABLE)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", SIDES)
-def test_block(benchmark: BenchmarkFixture, tokens: int, dtype: str, name: str) -> None:
-    if name.startswith("diffusers") or name == "ptattn PixArt":
-        pytest.importorskip("diffusers")
-    benchmark.group = f"block, {tokens} tokens, {dtype}"
-    benchmark.name = name
-    with torch.inference_mode():
-        case = _case(tokens, dtype)
-        case.check(name)
-        benchmark.pedantic(case.run(name), rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("model", MODELS)
+def test_block(benchmark: BenchmarkFixture, model: str, side: int, task: str) -> None:
+    benchmark.group = f"block, {side} px, {task}"
+    (entry,) = plan([model], [Size(side)])
+    subject = block_subject(entry, Settings(backend="sdpa"), batch=1)
+    make = next(iter(next(contenders(subject, compiled=False)).values()))
+    contender = make()
+    model_run.Gate(subject, task).check(contender, subject)
+    benchmark.name = contender.name
+    benchmark.pedantic(model_run.bind(contender, subject, task), rounds=5, warmup_rounds=1)

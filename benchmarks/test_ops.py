@@ -1,6 +1,6 @@
-"""Time of the operations on the portable backend: `pytest benchmarks/test_ops.py`.
+"""Time of the operations at small sizes, ours and torch's: `pytest benchmarks/test_ops.py`.
 
-Window attention stands beside the same attention by roll, partition and mask.
+`ptattn bench ops` is the better judge: there the contenders take turns.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import DTYPES, OPS, OpCase
+from ptattn.bench import op_cases, op_parity
+from ptattn.bench.op_run import bind
 
-WAYS = [
-    pytest.param(case, backend, id=f"{case}-{backend}")
-    for case in OPS
-    for backend in (("sdpa", "roll-mask") if case.op == "window_attention" else ("sdpa",))
-]
+CASES = [case for case in op_cases.cases(quick=True) if case.size == "512 px"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "backend"), WAYS)
-def test_op(benchmark: BenchmarkFixture, case: OpCase, backend: str, dtype: str) -> None:
-    benchmark.group = f"{case} {dtype}"
-    benchmark.name = backend
-    with torch.inference_mode():
-        case.check(backend, DTYPES[dtype])
-        run = case.bind(backend, case.inputs(DTYPES[dtype]))
-        benchmark.pedantic(run, rounds=7, warmup_rounds=2)
+@pytest.mark.parametrize("task", op_cases.TASKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op(benchmark: BenchmarkFixture, case: op_cases.Case, task: str) -> None:
+    benchmark.group = f"{case} {task}"
+    inputs = case.inputs("cpu")
+    op_parity.check(case, inputs, "sdpa")
+    run = bind(lambda tensors: case.call("sdpa", tensors, inputs.key_mask), inputs, task)
+    with torch.set_grad_enabled(task == "backward"):
+        benchmark.pedantic(run, rounds=5, warmup_rounds=1)

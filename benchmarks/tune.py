@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_parity, timing
-from benchmarks.gpu_cases import Case
-from benchmarks.timing import Clock, Run
+from ptattn.bench import op_parity, timing
+from ptattn.bench.op_cases import Case
+from ptattn.bench.op_run import bind
+from ptattn.bench.timing import Clock, Run
 from ptattn.kernels import configs
 from ptattn.kernels.configs import Config
 
@@ -61,15 +62,16 @@ def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Cas
 
 def jobs() -> list[Job]:
     """The most important first: the paper's head dim before the others."""
-    found = [Job(name, (("max_bytes", 2),), _pools()) for name in ("pool_forward", "norm_backward")]
+    passes = dict(norm_forward="norm", pool_forward="norm-pool", norm_backward="norm-pool")
+    found = [Job(name, (("max_bytes", 2),), _passes(op)) for name, op in passes.items()]
     for channels, head_dim in HEAD_DIMS.items():
         found += _attention_jobs(channels, head_dim)
     return found
 
 
-def _pools() -> tuple[Case, ...]:
+def _passes(op: str) -> tuple[Case, ...]:
     cases = ((LARGE, (1, 16, 16)), (VIDEO, (4, 4, 4)))
-    return tuple(_case("pool", 72, grid, window) for grid, window in cases)
+    return tuple(_case(op, 72, grid, window) for grid, window in cases)
 
 
 def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
@@ -212,18 +214,15 @@ def _time(job: Job, clock: Clock, device: str, seconds: float) -> float:
     logs = []
     for case in job.cases:
         inputs = case.inputs(device)
-        gpu_parity.check(case, inputs)
+        op_parity.check(case, inputs)
         run = _bind(case, inputs, job.task)
         with torch.set_grad_enabled(job.task == "backward"):
-            logs.append(math.log(timing.measure(clock, {"": run}, seconds, (10, 50))[""].median))
+            logs.append(math.log(timing.measure(clock, {"": run}, seconds)[""].median))
     return math.exp(sum(logs) / len(logs))
 
 
 def _bind(case: Case, inputs: Any, task: str) -> Run:
-    if task == "forward":
-        return lambda: case.call("triton", inputs.tensors, inputs.key_mask)
-    outs = case.call("triton", inputs.tensors, inputs.key_mask)
-    return lambda: torch.autograd.grad(outs, inputs.tensors, inputs.upstream, retain_graph=True)
+    return bind(lambda tensors: case.call("triton", tensors, inputs.key_mask), inputs, task)
 
 
 def compile_setting(job: Job, arch: str, entry: Entry) -> None:

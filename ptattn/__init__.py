@@ -4,10 +4,13 @@ __version__ = "0.1.0"
 
 from . import checkpoint, flops, models
 from .geometry import WindowGrid
-from .layers import GlobalInteraction, ProxyAttention, TextureComplement
+from .layers import GlobalInteraction, TextureComplement
 from .ops import attention, explain, window_attention, window_mean
+from .proxy_attention import ProxyAttention
+from .replace import AttentionReport, replace_attention, restore_attention
 
 __all__ = [
+    "AttentionReport",
     "GlobalInteraction",
     "ProxyAttention",
     "TextureComplement",
@@ -17,6 +20,8 @@ __all__ = [
     "explain",
     "flops",
     "models",
+    "replace_attention",
+    "restore_attention",
     "window_attention",
     "window_mean",
 ]

@@ -1,4 +1,6 @@
-"""The released weights' layout in and out.
+"""Models on disk: our own folders, and the released weights' layout in and out.
+
+A folder of ours holds a model as diffusers keeps a component: config.json and one safetensors file.
 
 The release is the state dict of the authors' `pt_dit_diffusers.py` with a dictionary of sizes. It
 keeps queries, keys and values in separate layers and each block's modulation in two tables; ours
@@ -7,7 +9,8 @@ are packed, so each of our tensors is one or several of theirs stacked along the
 
 from __future__ import annotations
 
-import pickle
+import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models import ModelConfig, PTDiT
+from . import files
+from .models import DiT, ModelConfig, PixArt, PTDiT
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # the name that diffusers looks for
+
+Model = PTDiT | DiT | PixArt
+_CLASSES: dict[str, type[Model]] = {family.__name__: family for family in (PTDiT, DiT, PixArt)}
 
 # Our layer and the released layers that it stacks; each has a weight and a bias.
 _MODEL_LAYERS = {
@@ -40,7 +50,7 @@ _SELF_ATTENTIONS = {
 }
 _CROSS_ATTENTIONS = {"global_interaction.cross_attn": "pvisual_attn2", "text_attn": "attn2"}
 
-# The released configuration's keys and our fields; the second set says nothing about the model.
+# The released configuration's keys and our fields.
 _CONFIG = {
     "num_layers": "depth",
     "num_heads": "num_heads",
@@ -53,7 +63,70 @@ _CONFIG = {
     "sample_size": "sample_size",
     "caption_channels": "caption_channels",
 }
-_CONFIG_UNUSED = {"name", "latent_shape", "grid", "text_len"}
+# The release's own JSON calls these two otherwise, states what its one architecture has, and more
+# that says nothing about the model.
+_CONFIG_ALIASES = {"compress_ratios": "window", "proxy_compress_ratios": "proxy_window"}
+_CONFIG_FIXED = {
+    "model_id": "ptdit",
+    "dropout": 0.0,
+    "attention_bias": True,
+    "attention_type": "default",
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+}
+_CONFIG_UNUSED = {
+    *("name", "latent_shape", "grid", "text_len"),
+    *("dtype", "from_pretrained", "cross_attention_dim", "frame"),
+    *("norm_num_groups", "num_embeds_ada_norm", "upcast_attention"),
+}
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write a model to a folder: config.json and diffusion_pytorch_model.safetensors.
+
+    This is the layout of a diffusers component. Both files are replaced whole or not at all.
+
+    Raises:
+        TypeError: another kind of model.
+        OSError: a folder or file that cannot be written, such as on a full disk.
+        ImportError: no safetensors (`pip install ptattn[hub]`).
+    """
+    names = [name for name, family in _CLASSES.items() if isinstance(model, family)]
+    if not names:
+        raise TypeError(f"model must be a {', '.join(_CLASSES)}; got {type(model).__name__}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": names[0], **dataclasses.asdict(model.config)}
+    files.write_tensors(model.state_dict(), folder / WEIGHTS_FILE)
+    files.write_json(config, folder / CONFIG_FILE)
+
+
+def load_model(folder: str | Path, *, backend: str = "auto") -> Model:
+    """Read a model that `save_model`, or diffusers' `save_pretrained`, has written.
+
+    Args:
+        folder: of config.json and diffusion_pytorch_model.safetensors.
+        backend: of every attention.
+
+    Returns:
+        The model in its saved dtype, on the CPU.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: every unknown or missing key of config.json, or every unknown, missing or
+            misshapen tensor; a corrupt or truncated file.
+        ImportError: no safetensors (`pip install ptattn[hub]`).
+    """
+    folder = Path(folder)
+    family, config = _own_config(folder / CONFIG_FILE)
+    with torch.device("meta"):
+        model = family(config, backend=backend)
+    weights = files.read_tensors(folder / WEIGHTS_FILE)
+    _check_tensors(weights, model.state_dict(), str(folder / WEIGHTS_FILE))
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def from_official(
@@ -64,26 +137,18 @@ def from_official(
     Args:
         state_dict: tensors by released name, such as `transformer_blocks.0.attn1.to_q.weight`.
         config: num_layers, num_heads, head_dim, window, proxy_window, shift_window, in_channels,
-            out_channels, patch_size, sample_size, caption_channels; name, latent_shape, grid and
-            text_len are accepted and unused.
+            out_channels, patch_size, sample_size, caption_channels; or the "predictor" of the
+            release's inference configuration, which has more keys.
         backend: of every attention.
 
     Returns:
         A model that shares no memory with `state_dict` and has its dtype and device.
 
     Raises:
-        ValueError: every unknown or missing key of `config`, or every unknown, missing or
-            misshapen tensor.
+        ValueError: every unknown, missing or unsupported key of `config`, or every unknown,
+            missing or misshapen tensor.
     """
-    with torch.device("meta"):
-        model = PTDiT(_model_config(config), backend=backend)
-    _check_tensors(state_dict, to_official(model))
-    own = {}
-    for name, parts in _stacks(model.config.depth):
-        stacked = torch.cat([state_dict[part] for part in parts])
-        own[name] = stacked.reshape(model.get_parameter(name).shape)
-    model.load_state_dict(own, assign=True)
-    return model
+    return _from_official(state_dict, config, backend, "state_dict")
 
 
 def to_official(model: PTDiT) -> dict[str, Tensor]:
@@ -105,6 +170,12 @@ def to_official(model: PTDiT) -> dict[str, Tensor]:
     return theirs
 
 
+def official_config(config: ModelConfig) -> dict[str, Any]:
+    """The dictionary that `from_official` takes for this configuration."""
+    fields = {theirs: getattr(config, ours) for theirs, ours in _CONFIG.items()}
+    return {**fields, "head_dim": config.dim // config.num_heads}
+
+
 def load_official(path: str | Path, config: Mapping[str, Any], *, backend: str = "auto") -> PTDiT:
     """`from_official` on a file: .safetensors, or .pt / .pth / .bin read with `weights_only=True`.
 
@@ -114,13 +185,32 @@ def load_official(path: str | Path, config: Mapping[str, Any], *, backend: str =
             refuses.
         ImportError: .safetensors without the safetensors package (`pip install ptattn[hub]`).
     """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
-        raise ValueError(f"path must end in .safetensors, .pt, .pth or .bin; got {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    return from_official(read(path), config, backend=backend)
+    return _from_official(files.read_tensors(Path(path)), config, backend, str(path))
+
+
+def save_official(model: PTDiT, path: str | Path) -> None:
+    """Write `to_official` to a file: .safetensors, or .pt / .pth / .bin.
+
+    Raises:
+        ValueError: another ending, or a class-conditional model.
+        OSError: a file that cannot be written, such as on a full disk.
+        ImportError: .safetensors without the safetensors package (`pip install ptattn[hub]`).
+    """
+    files.write_tensors(to_official(model), Path(path))
+
+
+def _from_official(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], backend: str, where: str
+) -> PTDiT:
+    with torch.device("meta"):
+        model = PTDiT(_model_config(config), backend=backend)
+    _check_tensors(state_dict, to_official(model), where)
+    own = {}
+    for name, parts in _stacks(model.config.depth):
+        stacked = torch.cat([state_dict[part] for part in parts])
+        own[name] = stacked.reshape(model.get_parameter(name).shape)
+    model.load_state_dict(own, assign=True)
+    return model
 
 
 def _stacks(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -151,51 +241,82 @@ def _block_layers() -> dict[str, tuple[str, ...]]:
 
 
 def _model_config(config: Mapping[str, Any]) -> ModelConfig:
+    given = {_CONFIG_ALIASES.get(key, key): value for key, value in config.items()}
     needed = {*_CONFIG, "head_dim"}
-    unknown, missing = set(config) - needed - _CONFIG_UNUSED, needed - set(config)
-    if unknown or missing:
-        raise ValueError("config does not fit: " + _listing(unknown=unknown, missing=missing))
-    fields = {ours: config[theirs] for theirs, ours in _CONFIG.items()}
-    return ModelConfig(dim=config["num_heads"] * config["head_dim"], **fields)
+    unsupported = {
+        f"{key} (got {given[key]!r}, expected {value!r})"
+        for key, value in _CONFIG_FIXED.items()
+        if given.get(key, value) != value
+    }
+    _refuse(
+        "config does not fit",
+        unknown=set(given) - needed - set(_CONFIG_FIXED) - _CONFIG_UNUSED,
+        missing=needed - set(given),
+        unsupported=unsupported,
+    )
+    fields = {ours: given[theirs] for theirs, ours in _CONFIG.items()}
+    return ModelConfig(dim=given["num_heads"] * given["head_dim"], **fields)
 
 
-def _check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _own_config(path: Path) -> tuple[type[Model], ModelConfig]:
+    content = files.read_json(path)
+    name = content.get("_class_name", "")
+    # The pipelines' transformer is a PTDiT, with the same weights.
+    family = PTDiT if name == "PTDiTTransformer" else _CLASSES.get(name)
+    if family is None:
+        raise ValueError(f"{path}: _class_name must be {', '.join(_CLASSES)}; got {name!r}")
+    given: dict[str, Any] = {  # what begins with _ is diffusers' own
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in content.items()
+        if not key.startswith("_")
+    }
+    known = dataclasses.fields(ModelConfig)
+    needed = {field.name for field in known if field.default is dataclasses.MISSING}
+    _refuse(
+        f"{path} does not fit",
+        unknown=set(given) - {field.name for field in known},
+        missing=needed - set(given),
+    )
+    return family, ModelConfig(**given)
+
+
+def _check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
     misshapen = {
         f"{name} (got {tuple(given[name].shape)}, expected {tuple(tensor.shape)})"
         for name, tensor in wanted.items()
         if name in given and given[name].shape != tensor.shape
     }
-    unknown, missing = set(given) - set(wanted), set(wanted) - set(given)
-    if unknown or missing or misshapen:
-        found = _listing(unknown=unknown, missing=missing, misshapen=misshapen)
-        raise ValueError("state_dict does not fit the configuration: " + found)
+    _refuse(
+        f"{where} does not fit the configuration",
+        unknown=set(given) - set(wanted),
+        missing=set(wanted) - set(given),
+        misshapen=misshapen,
+    )
     kinds = {(t.dtype, t.device) for t in given.values()}
     if len(kinds) > 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"state_dict must have one dtype and device; got {found}")
+        raise ValueError(f"{where} must have one dtype and device; got {found}")
 
 
-def _listing(**groups: set[str]) -> str:
-    return "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in groups.items() if keys)
+def _refuse(why: str, **groups: set[str]) -> None:
+    """Raise ValueError with all that is in the groups, if anything is."""
+    found = "; ".join(f"{name}: {_listing(group)}" for name, group in groups.items() if group)
+    if found:
+        raise ValueError(f"{why}: {found}")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: pip install ptattn[hub]") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+def _listing(names: set[str]) -> str:
+    """Sorted, and one entry for the same tensor of several blocks: `blocks.[0-27].mlp.0.bias`."""
+    number = re.compile(r"(?<=blocks\.)\d+")
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        blocks.setdefault(number.sub("*", name), []).extend(map(int, number.findall(name)))
+    return ", ".join(name.replace("*", _span(found)) for name, found in sorted(blocks.items()))
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole file of plain tensors: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path} must hold a dictionary of tensors; got {type(content).__name__}")
-    return content
+def _span(numbers: list[int]) -> str:
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    first, last = min(numbers), max(numbers)
+    gapless = last - first + 1 == len(numbers)
+    return f"[{first}-{last}]" if gapless else f"[{','.join(map(str, sorted(numbers)))}]"

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, backends, environment, flops
+from . import __version__, backends, convert, environment, flops
+from .bench import command as bench
 from .compare import UsageError, cases, compare
 from .compare.cases import Size
 from .compare.worker import DTYPES
 from .models import get_config, list_models
+from .train import commands as train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ptattn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compare(commands)
+    bench.add_parser(commands)
     _add_flops(commands)
+    train.add_parsers(commands)
+    convert.add_parser(commands)
     info = commands.add_parser("info", help="versions, devices, and which backends can run here")
     info.set_defaults(run=_info)
     return parser

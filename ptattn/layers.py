@@ -1,6 +1,6 @@
-"""`ProxyAttention` and its two halves: projections and calls of the operations, no attention math.
+"""Attention layers and the two halves of a block: projections and calls of the operations, no math.
 
-Every module here returns what its host adds to the residual stream, and holds its own norms.
+Norms stand between them: a `Residual` makes the sum of a branch in the pass of the norm after it.
 """
 
 from __future__ import annotations
@@ -270,106 +270,6 @@ def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
     if x.shape[0] == 1 and x.shape[1] > x.shape[2]:
         return F.linear(x, linear.weight * gate, linear.bias)
     return linear(gate[:, None] * x)
-
-
-class ProxyAttention(nn.Module):
-    """Drop-in for a transformer block's self-attention: global context at the cost of windows.
-
-    Proxy self-attention, proxy-to-token cross-attention, window and shifted-window attention, one
-    after the other (arXiv 2409.04005). Returns what the host adds to its residual
-    stream: `x = x + attn(norm(x))` works as before. At initialisation it is plain window attention,
-    as the two output layers Z are zero.
-
-    Args:
-        dim: channels C, a multiple of num_heads.
-        num_heads: attention heads.
-        window: (pf, ph, pw) or (ph, pw) tokens; any size on any grid.
-        proxy_window: the window averaged into one proxy; `window` by default.
-        shift: shift the second window attention by window // 2 per axis; else it is unshifted.
-        qkv_bias: biases on the query, key and value projections.
-        grid: (f, h, w) or (h, w), the grid of (B, N, C) inputs where forward is given none.
-        backend: "auto", "reference", "sdpa" or "triton".
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: dim not a multiple of num_heads, a window or grid that is not positive integers,
-            an unknown backend.
-
-    Example:
-        >>> attn = ProxyAttention(64, num_heads=4, window=(4, 4))
-        >>> attn(torch.randn(2, 16, 24, 64)).shape
-        torch.Size([2, 16, 24, 64])
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window: Sequence[int] = (1, 8, 8),
-        proxy_window: Sequence[int] | None = None,
-        *,
-        shift: bool = True,
-        qkv_bias: bool = True,
-        grid: Sequence[int] | None = None,
-        backend: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.backend = backend
-        self.window = WindowGrid((1, 1), window).window
-        proxy_window = window if proxy_window is None else proxy_window
-        self.proxy_window = WindowGrid((1, 1), proxy_window).window
-        self.grid = None if grid is None else WindowGrid(grid, self.window).grid
-        options: dict[str, Any] = dict(
-            qkv_bias=qkv_bias, backend=backend, device=device, dtype=dtype
-        )
-        self.global_interaction = GlobalInteraction(dim, num_heads, **options)
-        self.texture_complement = TextureComplement(dim, num_heads, shift=shift, **options)
-
-    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """Attend over a grid of tokens.
-
-        Args:
-            x: (B, N, C) with a grid from here or the constructor, or (B, h, w, C) or
-                (B, f, h, w, C).
-            grid: (f, h, w) or (h, w), with f·h·w = N.
-
-        Returns:
-            The shape it got.
-
-        Raises:
-            ValueError: another shape, C != dim, no grid, or a grid that does not hold N tokens.
-        """
-        if x.ndim not in (3, 4, 5) or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"x must have shape (B, N, {self.dim}), (B, h, w, {self.dim}) or "
-                f"(B, f, h, w, {self.dim}); got {tuple(x.shape)}"
-            )
-        grid, tokens, backend = self._grid_of(x, grid), x.flatten(1, -2), self.backend
-        _, normed, means = Residual(tokens).norm_and_means(
-            WindowGrid(grid, self.proxy_window), backend
-        )
-        delta = self.global_interaction(normed, means)
-        total, normed = Residual(tokens, delta).norm(None, backend)
-        branches = self.texture_complement(total, normed, WindowGrid(grid, self.window))
-        return sum((branch.y for branch in branches), delta).view(x.shape)
-
-    def _grid_of(self, x: Tensor, grid: Sequence[int] | None) -> Sequence[int]:
-        if x.ndim == 3:
-            found = self.grid if grid is None else grid
-            if found is None:
-                raise ValueError("x is (B, N, C): give its grid, (f, h, w) or (h, w)")
-            return found
-        own = tuple(x.shape[1:-1])
-        windows = WindowGrid(own, self.window)
-        if grid is not None and WindowGrid(grid, self.window).grid != windows.grid:
-            raise ValueError(f"x has grid {own} by its shape {tuple(x.shape)}; got grid {grid}")
-        return own
-
-    def extra_repr(self) -> str:
-        return f"window={self.window}, proxy_window={self.proxy_window}, grid={self.grid}"
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

@@ -52,6 +52,13 @@ OTHER_GFLOPS = {
     "EasyAnimateV4": {(1024, 48): 244614.1},
 }
 
+# Training memory in GB at 512², by latent frames; `ptattn bench memory` sets predictions beside it.
+TRAINING_MEMORY = {
+    "pt-dit-xl": {48: 41.6, 96: 43.4, 144: 43.9, 192: 48.2, 240: 52.8},
+    "pt-dit-h": {48: 60.7, 96: 60.8, 144: 64.2, 192: 65.5, 240: 70.7},
+}
+OTHER_TRAINING_MEMORY = {"EasyAnimateV4": {48: 44.6, 96: 49.1, 144: 55.7, 192: 66.4, 240: 77.2}}
+
 # Attention products over those of full attention, section 3.3, by resolution.
 ATTENTION_RATIOS = {256: 0.343, 512: 0.097, 1024: 0.047, 2048: 0.023}
 

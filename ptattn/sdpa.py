@@ -34,7 +34,8 @@ def norm(
     means = None if windows is None else window_mean(x, windows)
     if shift is None or scale is None:
         return x, F.layer_norm(x, channels, eps=eps), means
-    if x.shape[0] == 1:  # one sample's modulation is an affine norm
+    # One sample's modulation is an affine norm; torch sums its gradients badly in 16 bits.
+    if x.shape[0] == 1 and not (torch.is_grad_enabled() and scale.requires_grad):
         return x, F.layer_norm(x, channels, 1 + scale[0], shift[0], eps), means
     normed = F.layer_norm(x, channels, eps=eps)
     return x, torch.addcmul(shift[:, None], normed, 1 + scale[:, None]), means

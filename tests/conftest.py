@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("quick", max_examples=30, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("quick", max_examples=15, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("full", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

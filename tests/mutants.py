@@ -212,7 +212,8 @@ NORM = [
           "dscale0 += tl.sum(g0 * x0, 0)", "dscale0 += tl.sum(g0 * (1.0 + scale0) * x0, 0)"),
     Fault("norm", "tokens summed by every split",
           "last = tl.minimum((split + 1) * share, tokens)", "last = tokens"),
-    Fault("norm", "sums of shift and scale swapped", "COLUMNS - 2, dshift0", "COLUMNS - 1, dshift0"),
+    Fault("norm", "sums of shift and scale swapped",
+          "COLUMNS - 2, dshift0", "COLUMNS - 1, dshift0"),
     Fault("norm", "gated gradient without its gate",
           "valid, dx0 * gate0, dx1 * gate1,", "valid, dx0, dx1,"),
 ]  # fmt: skip

@@ -37,6 +37,7 @@ def test_default_configurations_pass_on_hopper(tmp_path, only):
     assert set(roofline.PRODUCTS) <= {row["kernel"] for row in rows}
 
 
+@pytest.mark.long
 def test_every_kernel_builds_elsewhere(tmp_path):
     archs = ("sm80", "sm100", "gfx942")
     only = r"bf16 (D64 (1x8x8|16384 to (64|256)$)|C1152 (norm 1x8x8|norm 1x1x1|mean 1x8x8))"

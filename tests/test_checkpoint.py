@@ -1,10 +1,12 @@
-"""Loading released weights: what does not fit is refused, whole and by name."""
+"""Models on disk: what does not fit is refused, whole and by name; nothing is ever half written."""
+
+import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptattn import checkpoint
+from ptattn import checkpoint, files
 from ptattn.models import create_model
 
 from .test_golden import FILES, read
@@ -30,12 +32,42 @@ def test_every_misfit_is_listed_in_one_error(official):
     assert "misshapen: pos_embed.proj.bias (got (7,), expected (48,))" in message
 
 
+def test_the_same_tensor_of_several_blocks_is_listed_once():
+    with torch.device("meta"):
+        weights = checkpoint.to_official(create_model("qihoo-t2i", depth=4))
+    config = checkpoint.official_config(create_model("qihoo-t2i", depth=0).config)
+    for block, size in ((0, 3), (2, 3), (3, 5)):
+        weights[f"transformer_blocks.{block}.linear_2.bias"] = torch.empty(size, device="meta")
+    with pytest.raises(ValueError, match="does not fit") as error:
+        checkpoint.from_official(weights, {**config, "num_layers": 5})
+    message = str(error.value)
+    name, shapes = "linear_2.bias", "expected (1152,))"
+    assert f"transformer_blocks.[0,2].{name} (got (3,), {shapes}" in message
+    assert f"transformer_blocks.3.{name} (got (5,), {shapes}" in message
+    assert "missing: transformer_blocks.4.attn1.to_k.bias, transformer_blocks.4.attn1" in message
+    with pytest.raises(
+        ValueError, match=r"unknown: transformer_blocks\.\[0-3\]\.attn1\.to_k\.bias"
+    ):
+        checkpoint.from_official(weights, {**config, "num_layers": 0})
+
+
 def test_config_keys_are_checked(official):
     weights, config = official
     config = {**config, "rope": True}
     del config["num_layers"]
     with pytest.raises(ValueError, match="config does not fit: unknown: rope; missing: num_layers"):
         checkpoint.from_official(weights, config)
+
+
+def test_the_release_names_windows_otherwise_and_states_its_architecture(official):
+    weights, config = official
+    predictor = {"model_id": "ptdit", "norm_eps": 1e-06, "frame": 1, "dtype": "bf16", **config}
+    for ours, theirs in (("window", "compress_ratios"), ("proxy_window", "proxy_compress_ratios")):
+        predictor[theirs] = predictor.pop(ours)
+    model = checkpoint.from_official(weights, predictor)
+    assert tuple(model.config.window) == tuple(config["window"])
+    with pytest.raises(ValueError, match=r"unsupported: norm_eps \(got 0.1, expected 1e-06\)$"):
+        checkpoint.from_official(weights, {**predictor, "norm_eps": 0.1})
 
 
 def test_mixed_dtypes_are_refused(official):
@@ -60,9 +92,11 @@ def test_the_model_owns_its_weights_in_their_dtype(official):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_files_load(official, tmp_path, suffix):
     weights, config = official
-    path = tmp_path / f"weights{suffix}"
-    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
-    back = checkpoint.to_official(checkpoint.load_official(path, config))
+    first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
+    save_file(weights, first) if suffix == ".safetensors" else torch.save(weights, first)
+    checkpoint.save_official(checkpoint.load_official(first, config), second)
+    back = checkpoint.to_official(checkpoint.load_official(second, config))
+    assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
@@ -107,3 +141,132 @@ def test_other_endings_and_missing_files(official, tmp_path):
 def test_class_models_have_no_released_layout():
     with pytest.raises(ValueError, match="text models"):
         checkpoint.to_official(create_model("pt-dit-s-class", depth=1))
+
+
+MODELS = {
+    "pt-dit-s-class": dict(window=(2, 4), num_classes=3),
+    "pt-dit-b": dict(window=None, proxy_window=(1, 2, 2), caption_channels=24, out_channels=4),
+    "dit-s": dict(num_classes=3),
+    "pixart-alpha": dict(caption_channels=24),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return create_model(request.param, depth=1, dim=32, num_heads=2, **MODELS[request.param])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_folder_holds_every_kind_of_model(model, tmp_path, dtype):
+    model = model.to(dtype)
+    folder = tmp_path / "deep" / "folder"
+    checkpoint.save_model(model, folder)
+    back = checkpoint.load_model(folder, backend="reference")
+    assert type(back) is type(model)
+    assert back.config == model.config
+    states = back.state_dict(), model.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in back.parameters())
+    assert {m.backend for m in back.modules() if hasattr(m, "backend")} == {"reference"}
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1  # whoever may read the configuration may read the weights
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = create_model("pt-dit-b", depth=1, dim=32, num_heads=2, caption_channels=24)
+    checkpoint.save_model(model, tmp_path)
+    return tmp_path
+
+
+def test_weights_of_another_configuration_are_refused(folder):
+    path = folder / checkpoint.CONFIG_FILE
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "depth": 2, "caption_channels": 12}))
+    with pytest.raises(ValueError, match="does not fit the configuration") as error:
+        checkpoint.load_model(folder)
+    message = str(error.value)
+    assert message.startswith(str(folder / checkpoint.WEIGHTS_FILE))
+    assert "missing: blocks.1.global_interaction.cross_attn.kv.bias, " in message
+    assert "misshapen: condition.caption.0.weight (got (32, 24), expected (32, 12))" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope": True}, "config.json does not fit: unknown: rope$"),
+        ({"_class_name": "UNet"}, "_class_name must be PTDiT, DiT, PixArt; got 'UNet'"),
+        ({"_class_name": None}, "got None"),
+        ({"dim": 33}, "dim must be a multiple of 16 and of num_heads; got 33, 2"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit_is_named(folder, change, message):
+    path = folder / checkpoint.CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"_class_name": "PTDiT"}', "missing: depth, dim, num_heads"),
+        (b"[1]", "must hold a JSON object; got list"),
+        (b'{"depth": ', "is not JSON: Expecting value"),
+        (b"\xff", "is not JSON: 'utf-8'"),
+    ],
+    ids=["empty", "list", "cut", "bytes"],
+)
+def test_a_configuration_that_is_none_is_named(folder, content, message):
+    (folder / checkpoint.CONFIG_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("name", [checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        checkpoint.load_model(folder)
+
+
+def test_other_modules_have_no_folder(tmp_path):
+    with pytest.raises(TypeError, match="model must be a PTDiT, DiT, PixArt; got Linear"):
+        checkpoint.save_model(torch.nn.Linear(1, 1), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write():
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / f"weights{suffix}"
+    files.write_tensors({"old": torch.ones(3)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write "):
+            files.write_tensors({"new": torch.ones(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files.read_tensors(path).keys() == {"old"}
+    assert list(tmp_path.iterdir()) == [path]

@@ -188,8 +188,8 @@ def test_blocks_of_every_family_are_measured(model: str, backend: str) -> None:
 
 def test_peak_memory_is_what_the_call_needs() -> None:
     size = 200 * 10**6
-    worker._watched(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    _, peak = worker._watched(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    worker.watched(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    _, peak = worker.watched(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
     if not worker._reset_peak():
         pytest.skip("this system does not reset a process's peak of memory")
     assert peak == pytest.approx(size, rel=0.05)

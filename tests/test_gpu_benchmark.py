@@ -1,4 +1,4 @@
-"""benchmarks.gpu without a GPU: cases, floors, the gate, the budget, tables, and tuning.
+"""The operations of `ptattn bench` and benchmarks.gpu without a GPU: cases, floors, gate, tuning.
 
 The clock is a fake; the kernels run under Triton's interpreter.
 """
@@ -9,11 +9,14 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_opponents, gpu_parity, gpu_run, timing, tune
-from benchmarks.gpu_cases import OPS, Case
-from benchmarks.gpu_run import FAILED, NOT_REACHED, OK, SKIPPED, Bench
-from benchmarks.timing import Rates
+from benchmarks import gpu, tune
 from ptattn import ops
+from ptattn.bench import harness, op_cases, op_opponents, op_parity, op_run, session, timing
+from ptattn.bench.harness import Bench
+from ptattn.bench.op_cases import OPS, Case
+from ptattn.bench.op_run import Measured
+from ptattn.bench.result import FAILED, NOT_REACHED, OK, REFUSED, SKIPPED, Result, status
+from ptattn.bench.timing import Rates
 from ptattn.kernels import configs
 
 RATES = Rates(copy=4.3e12, products=790e12, launch=2e-6)
@@ -31,7 +34,9 @@ class FakeClock:
     def __init__(self, seconds=(1e-5,)):
         self.seconds, self.samples = seconds, []
 
-    def host(self, run):
+    calls = (2, 2)  # the interpreter takes milliseconds where a GPU takes microseconds
+
+    def warm_up(self, run):
         run()
         return 3e-5
 
@@ -41,31 +46,32 @@ class FakeClock:
         return self.seconds[(len(self.samples) - 1) % len(self.seconds)]
 
 
-def bench(clock=None):
-    return Bench(clock or FakeClock(), RATES, "cpu", seconds=0.0, free_memory=lambda: LARGEST)
+def bench(free=LARGEST, **changes):
+    known = dict(seconds=0.0, free_memory=lambda device: free) | changes
+    return Bench(FakeClock(), RATES, "cpu", "triton", **known)
 
 
-@pytest.fixture(autouse=True)
-def _few_calls(monkeypatch):
-    """The interpreter takes milliseconds where a GPU takes microseconds."""
-    monkeypatch.setattr(timing, "WARM_UP", 0)
-    whole = timing.measure
-    monkeypatch.setattr(timing, "measure", lambda *args: whole(*args[:3], (2, 2)))
+def run(case, found=None):
+    return harness.run(Measured(case), found or bench())
+
+
+def ours(rows):
+    return [row for row in rows if row.ours]
 
 
 def first(name):
-    return next(case for case in gpu_cases.cases() if str(case).startswith(name))
+    return next(case for case in op_cases.cases() if str(case).startswith(name))
 
 
 # Cases and floors.
 
 
 def test_cases_are_distinct_and_the_important_come_first():
-    cases = gpu_cases.cases()
+    cases = op_cases.cases()
     assert len({str(case) for case in cases}) == len(cases) > 350
     assert [case.op for case in cases[: len(OPS)]] == list(OPS)
-    assert {str(case) for case in gpu_cases.cases(quick=True)} <= {str(case) for case in cases}
-    assert set(gpu.COMPILED) <= {str(case) for case in cases}
+    assert {str(case) for case in op_cases.cases(quick=True)} <= {str(case) for case in cases}
+    assert set(op_run.COMPILED) <= {str(case) for case in cases}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,8 @@ def test_models_have_the_published_heads(name, heads, head_dim):
         ("shifted", 8, 14, 0, 0, 0),
         ("cross", 4, 6, 64, 4, 8),
         ("text", 4, 6, 120, 4, 8),
+        ("norm", 8, 12, 0, 0, 0),
+        ("norm-pool", 8, 12, 64, 2, 2),
         ("pool", 4, 6, 64, 2, 2),
         ("mean", 2, 2, 64, 2, 2),
     ],
@@ -123,20 +131,20 @@ def test_formula_is_the_reference(op):
     inputs = case.inputs("cpu")
     tensors = tuple(t.detach().double() for t in inputs.tensors)
     gold = case.call("reference", tensors, inputs.key_mask)
-    for ours, theirs in zip(gpu_parity.formula(case, tensors, inputs.key_mask), gold, strict=True):
+    for ours, theirs in zip(op_parity.formula(case, tensors, inputs.key_mask), gold, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("op", ["shifted", "cross", "pool"])
+@pytest.mark.parametrize("op", ["shifted", "cross", "norm", "norm-pool"])
 def test_a_right_case_is_timed(op):
-    rows = gpu_run.run(tiny(op), bench(), compiled=False)
-    assert [(row.task, row.status) for row in rows] == [("forward", OK), ("backward", OK)], rows
-    forward, backward = rows
-    assert forward.ours.median == 1e-5
-    assert forward.ratio == 1e-5 / forward.case.floor("forward", RATES)
-    assert forward.best is not None
-    assert set(forward.errors) | set(backward.errors) == set(gpu_parity._names(forward.case))
-    assert all(name.startswith("d") for name in backward.errors)
+    rows = run(tiny(op))
+    forward, backward = ours(rows)
+    assert (forward.task, backward.task) == ("forward", "backward"), rows
+    assert forward.status == backward.status == OK, rows
+    assert forward.timing.median == 1e-5
+    assert forward.share == tiny(op).floor("forward", RATES) / 1e-5
+    assert forward.error is not None
+    assert any(row.timing and not row.ours for row in rows)
 
 
 def wrong(monkeypatch, which, factor=1.05):
@@ -154,67 +162,80 @@ def wrong(monkeypatch, which, factor=1.05):
     monkeypatch.setattr(ops, "window_attention", run)
 
 
+def record(found, out):
+    facts = dict(device="cpu", dtype="bf16")
+    result = Result("ops", facts, vars(RATES), "a command", "2030-01-01")
+    return result, session.carry_out(result, found, out)
+
+
 @pytest.mark.parametrize("which", ["out", "gradient"])
 def test_a_wrong_result_has_no_time(which, monkeypatch, tmp_path):
     wrong(monkeypatch, which)
-    found = list(gpu.measure([tiny("window")], bench(), time.monotonic() + 60))
-    rows = found[0]
+    rows = run(tiny("window"))
     assert [row.status for row in rows] == [FAILED, FAILED]
     assert rows[0].note.startswith("out: " if which == "out" else "d")
-    assert rows[0].ours is None
-    assert gpu.report(iter(found), tmp_path, gpu.facts([]), RATES) == 1
-    line = next(x for x in (tmp_path / "gpu.md").read_text().splitlines() if "tiny" in x)
+    assert rows[0].timing is None
+    assert record([rows], tmp_path)[1] == 1
+    line = next(x for x in (tmp_path / "ops.md").read_text().splitlines() if "tiny" in x)
     assert "FAILED" in line
     assert "µs" not in line
 
 
-def test_a_failing_kernel_is_an_error(monkeypatch, tmp_path):
+def test_a_failing_kernel_is_an_error(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(ops, "window_attention", fail)
-    rows = gpu_run.run(tiny("window"), bench(), compiled=False)
+    rows = run(tiny("window"))
     assert [row.status for row in rows] == ["ERROR", "ERROR"]
     assert rows[0].note == "RuntimeError: no such kernel"
-    assert gpu.status(rows) == 1
+    assert status(rows) == 1
 
 
 def test_a_case_too_large_is_skipped_with_its_size():
-    small = Bench(FakeClock(), RATES, "cpu", free_memory=lambda: 1000)
-    rows = gpu_run.run(tiny("window"), small, compiled=False)
+    rows = run(tiny("window"), bench(free=1000))
     assert {row.status for row in rows} == {SKIPPED}
     assert "are free" in rows[0].note
-    assert gpu.status(rows) == 0
+    assert status(rows) == 0
 
 
 def test_opponents_that_refuse_or_err_say_why(monkeypatch):
     def refuse():
         raise ValueError("NYI: head dim 72\nstack")
 
-    def opponents(case, key_mask, *, compiled):
+    def opponents(case, key_mask, *, backend, compiled):
         yield {"refuses": lambda: refuse(), "errs": lambda: lambda t: (t[0] * 2,)}
         yield {"late": lambda: lambda t: case.call("sdpa", t, key_mask)}
 
-    monkeypatch.setattr(gpu_opponents, "opponents", opponents)
-    row, _ = gpu_run.run(tiny("window", grid=(1, 2, 5)), bench(), compiled=False)
-    assert row.refused["refuses"] == "ValueError: NYI: head dim 72"
-    assert row.refused["errs"].startswith("WrongError: error ")
-    assert list(row.opponents) == ["late"]
+    monkeypatch.setattr(op_opponents, "opponents", opponents)
+    rows = [row for row in run(tiny("window", grid=(1, 2, 5))) if row.task == "forward"]
+    refused = {row.contender: row.note for row in rows if row.status == REFUSED}
+    assert refused["refuses"] == "ValueError: NYI: head dim 72"
+    assert refused["errs"].startswith("WrongError: error ")
+    assert [row.contender for row in rows if row.timing] == ["ptattn", "late"]
 
 
 # Budget and files.
 
 
 def test_cases_after_the_deadline_are_listed_not_measured(tmp_path):
-    cases = [tiny("window"), tiny("cross")]
-    found = list(gpu.measure(cases, bench(), time.monotonic() - 1))
+    cases = [Measured(tiny("window")), Measured(tiny("cross"))]
+    found = list(harness.measure(cases, bench(deadline=time.monotonic() - 1)))
     assert {row.status for rows in found for row in rows} == {NOT_REACHED}
-    assert gpu.report(iter(found), tmp_path, gpu.facts(["--quick"]), RATES) == 0
-    text = (tmp_path / "gpu.md").read_text()
-    assert "2 cases not reached in time: window tiny 3x5 w1x2x4 b2, cross tiny" in text
-    record = json.loads((tmp_path / "gpu.json").read_text())
-    assert record["environment"]["command"] == "python -m benchmarks.gpu --quick"
-    assert {"commit", "torch", "triton", "gpus"} <= record["environment"].keys()
+    assert record(found, tmp_path)[1] == 0
+    text = (tmp_path / "ops.md").read_text()
+    assert "not reached: window tiny 3x5 w1x2x4 b2 forward and 3 more" in text
+    written = json.loads((tmp_path / "ops.json").read_text())
+    assert written["command"] == "a command"
+    assert {"commit", "torch", "triton", "gpus"} <= written["environment"].keys()
+
+
+def test_the_gpu_command_covers_the_kernels_and_the_models_of_the_figures():
+    names = [str(case) for case in gpu.models(quick=False)]
+    assert "block 2048 px b1" in names
+    assert "model 48×1024 px b1" in names
+    assert len(gpu.select(gpu.kernels(quick=False), "window XL 1024")) >= 1
+    assert not gpu.select(gpu.models(quick=True), "no such case")
 
 
 def test_no_gpu(monkeypatch, capsys):
@@ -236,7 +257,7 @@ def test_contenders_take_turns():
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
     times = timing.measure(clock, runs, 0.0)
     assert times["a"].calls == 2
-    assert order == [*"aaabbbccc", *"abc", *"bca"]  # three calls of each for the host's time
+    assert order == [*"abc", *"abc", *"bca"]  # the first of each to warm up
 
 
 def test_rates():

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import ptattn
-from benchmarks import gpu_cases, gpu_parity
+from ptattn.bench import op_cases, op_parity
 from tests import gpu_support
 from tests.gpu_support import attention, bf16, needs_gpu, normal, same_bits, with_gradients
+from tests.test_models import small
 
 pytestmark = needs_gpu
 
@@ -136,8 +137,8 @@ def test_means_past_2_31_elements(long_video, function):
     ],
 )
 def test_70000_batches_and_heads(op, grid, window):
-    case = gpu_cases.Case(op, "many", "samples", grid, window, heads=16, head_dim=16, batch=4375)
-    gpu_parity.check(case, case.inputs("cuda"))
+    case = op_cases.Case(op, "many", "samples", grid, window, heads=16, head_dim=16, batch=4375)
+    op_parity.check(case, case.inputs("cuda"))
 
 
 # Streams, graphs, devices.
@@ -247,6 +248,66 @@ def test_a_new_resolution_compiles_nothing():
     for side, batch, heads in ((32, 1, 2), (35, 2, 3), (45, 3, 1), (17, 1, 5)):
         everything(side, batch, heads)
     assert compiled_kernels() == before
+
+
+# Whole models.
+
+
+def training_step(model, inputs):
+    """The output and all gradients, which stay where they are from one step to the next."""
+
+    def step():
+        for parameter in model.parameters():
+            parameter.grad.zero_()
+        out = model(*inputs)
+        out.float().square().mean().backward()
+        return out
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return step
+
+
+def model_and_inputs():
+    """Two blocks in bf16 with no layer left at zero, and a batch of ragged images with captions."""
+    model = small("pt-dit-xl", dim=144, num_heads=2, window=(1, 8, 8), backend="triton")
+    model = model.to(gpu_support.DEVICE, bf16)
+    timestep = torch.tensor([3.0, 700.0], device=gpu_support.DEVICE)
+    return model, (normal(2, 4, 40, 56), timestep, normal(2, 6, 24))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+def test_a_model_in_a_graph(train):
+    """A replay reads what the inputs hold then, and has the bits of a plain call."""
+    model, inputs = model_and_inputs()
+    step = training_step(model, inputs) if train else torch.no_grad()(lambda: model(*inputs))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    inputs[0].copy_(normal(*inputs[0].shape))
+    graph.replay()
+    torch.cuda.synchronize()
+    results = [captured.clone(), *(p.grad.clone() for p in model.parameters() if train)]
+    expected = [step(), *(p.grad for p in model.parameters() if train)]
+    assert same_bits(results, expected)
+
+
+def test_reduced_overhead():
+    """torch.compile's own CUDA graphs; inductor rounds in other places than eager torch."""
+    model, inputs = model_and_inputs()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):  # to warm up, to record, to replay
+            out = compiled(*inputs).clone()
+        exact = model.float()(*(t.float() for t in inputs))
+        eager = model.to(bf16)(*inputs)
+    assert (out - exact).norm() <= 1.1 * (eager - exact).norm()
 
 
 # Choice and memory.

@@ -65,17 +65,17 @@ def self_attention(m, x, windows=None):
     return m.proj(attend(*m.qkv(x).chunk(3, -1), allowed))
 
 
-def global_interaction(m, x, windows, modulation=None):
+def global_interaction(m, x, windows, modulation=None, norm_first=norm):
     ids = windows.window_ids()
     p = torch.stack([x[:, ids == i].mean(1) for i in range(windows.num_windows)], 1)
     p = p + gated(self_attention(m.proxy_attn, norm(p, modulation)), modulation)
     m, zero = m.cross_attn, m.zero
-    return zero(m.proj(attend(m.q(norm(x)), *m.kv(norm(p)).chunk(2, -1))))
+    return zero(m.proj(attend(m.q(norm_first(x)), *m.kv(norm(p)).chunk(2, -1))))
 
 
-def texture_complement(m, x, windows, modulation=(None, None)):
+def texture_complement(m, x, windows, modulation=(None, None), norm_first=norm):
     first, second = modulation
-    y = gated(self_attention(m.window_attn, norm(x, first), windows), first)
+    y = gated(self_attention(m.window_attn, norm_first(x, first), windows), first)
     windows = windows.shifted() if m.shift else windows
     z = gated(self_attention(m.shifted_attn, norm(x + y, second), windows), second)
     return y + m.zero(z)
@@ -83,9 +83,11 @@ def texture_complement(m, x, windows, modulation=(None, None)):
 
 def plain(attn, x, grid):
     """All of ProxyAttention on (B, N, C)."""
-    delta = global_interaction(attn.global_interaction, x, WindowGrid(grid, attn.proxy_window))
+    first = dict(norm_first=lambda x, _=None: x) if attn.prenormed else {}
+    windows = WindowGrid(grid, attn.proxy_window)
+    delta = global_interaction(attn.global_interaction, x, windows, **first)
     windows = WindowGrid(grid, attn.window)
-    return delta + texture_complement(attn.texture_complement, x + delta, windows)
+    return delta + texture_complement(attn.texture_complement, x + delta, windows, **first)
 
 
 GRIDS = {"image": (4, 6), "ragged": (5, 7), "video": (3, 4, 5), "one-window": (2, 3)}
@@ -95,8 +97,10 @@ each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @each_grid
 @pytest.mark.parametrize("proxy_window", [None, (1, 2), (4, 3)], ids="proxy-window-{}".format)
 @pytest.mark.parametrize("shift", [True, False], ids=["shifted", "unshifted"])
-def test_formula(shift, proxy_window, grid):
-    attn = proxy_attention(proxy_window=proxy_window, shift=shift, grid=grid)
+@pytest.mark.parametrize("prenormed", [False, True], ids=["", "prenormed"])
+def test_formula(prenormed, shift, proxy_window, grid):
+    options = dict(proxy_window=proxy_window, shift=shift, prenormed=prenormed)
+    attn = proxy_attention(grid=grid, **options)
     x = tokens(2, torch.Size(grid).numel())
     assert_same_math(attn(x), plain(attn, x, grid))
 

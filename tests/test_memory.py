@@ -1,9 +1,16 @@
-"""Peak memory of a long video: no copies of the grid, no scores but those of the windows."""
+"""Peak memory: of a long video, and as `ptattn bench memory` predicts it for a training step."""
 
+import argparse
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from ptattn import paper
+from ptattn.bench import memory
+from ptattn.compare import UsageError
 
 CODE = """
 import resource, sys, torch, ptattn
@@ -35,3 +42,54 @@ def test_peak_memory(shift):
     peak = int(done.stdout)
     print(f"peak {peak / 1e9:.2f} GB")
     assert peak < 6e9
+
+
+def test_live_bytes_are_those_of_storages_that_live():
+    x, w = torch.zeros(2, 1000, device="meta")
+    with memory.LiveBytes([w]) as live:
+        a = x + 1  # 4,000 bytes; x itself is seen in no output
+        b = a.view(10, 100)[2:] + w.view(10, 100)[2:]  # 3,200 more
+        del a
+        assert (live.now, live.peak) == (3200, 7200)
+        c = b.double()  # 6,400
+        assert (live.now, live.peak) == (9600, 9600)
+        del b, c
+    assert (live.now, live.peak) == (0, 9600)
+
+
+def command(*arguments):
+    parser = argparse.ArgumentParser()
+    memory.add_parser(parser.add_subparsers())
+    return parser.parse_args(["memory", *map(str, arguments)])
+
+
+def test_training_memory_is_predicted(tmp_path, capsys):
+    options = command("--models", "pt-dit-b", "--frames", 32, "--out", tmp_path)
+    assert options.run(options, "ptattn bench memory") == 0
+    report = json.loads((tmp_path / "memory.json").read_text())
+    rows = {(row["recipe"], row["kept"]): row for row in report["rows"]}
+    assert len(rows) == len(memory.RECIPES) * len(memory.KEPT)
+    count = paper.parameters("pt-dit-b")
+    for (recipe, _), row in rows.items():
+        assert row["tokens"] == 32 * 1024
+        assert row["fixed"] == count * {"master": 16, "plain": 8}[recipe]
+        assert row["predicted"] >= row["fixed"] + (4 * count if recipe == "master" else 0)
+    everything, attention, inputs = (rows["plain", kept]["predicted"] for kept in memory.KEPT)
+    unit = 32 * 1024 * 640 * 2  # bytes of C numbers per token
+    # At the peak, in the last block's backward, each of 11 others keeps 33 C, 5 C or C.
+    assert 11 * 31 * unit < everything - inputs < 11 * 34 * unit
+    assert 11 * 3 * unit < attention - inputs < 11 * 5 * unit
+    shown, written = capsys.readouterr().out, (tmp_path / "memory.md").read_text()
+    assert "predicted, not measured" in " ".join(shown.split())
+    assert "predicted, not measured" in written
+
+
+def test_training_memory_says_what_is_wrong(tmp_path, capsys):
+    for arguments in (("--frames", 0), ("--models", "dit-b"), ("--models", "pt-dit-s-class")):
+        with pytest.raises(SystemExit):
+            command(*arguments)
+    assert "expected a positive integer; got '0'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    options = command("--out", tmp_path / "file")
+    with pytest.raises(UsageError, match="argument --out"):
+        options.run(options, "ptattn bench memory")

@@ -22,14 +22,10 @@ import torch
 import torch.nn.functional as F
 
 import ptattn
+from ptattn.bench.parity import FORWARD, GRADIENT, UnluckyError, assert_within_rule
 from tests.cases import HALF
 
-FORWARD, GRADIENT, RMS, FLOOR = 1.0, 1.5, 1.1, 4.0
 ORDERS = 8
-
-
-class UnluckyError(AssertionError):
-    """The rule is exceeded in a precision where that can be luck."""
 
 
 def redrawn_once(case):
@@ -43,26 +39,6 @@ def redrawn_once(case):
             case(*args, **kwargs)
 
     return run
-
-
-def assert_within_rule(name, ours, gold, eagers, ratio):
-    """Hold one tensor to the rule."""
-    for test in (torch.isnan, torch.isposinf, torch.isneginf):
-        same = torch.equal(test(ours), test(gold.to(ours.dtype)))
-        assert same, f"{name}: {test.__name__} differs from gold"
-    finite = gold.to(ours.dtype).isfinite()
-    if not finite.any():
-        return
-    truth = gold[finite]
-    errors = [t[finite].double() - truth for t in (ours, *eagers)]
-    assert all(e.isfinite().all() for e in errors), f"{name}: eager overflows, so it bounds nothing"
-    eps = FLOOR * torch.finfo(ours.dtype).eps
-    for what, size, factor in (("max", _max, ratio), ("rms", _rms, RMS)):
-        mine, *others = (size(error) for error in errors)
-        bound = factor * max(others) + eps * size(truth)
-        if not mine <= bound:
-            error = AssertionError if ours.dtype in HALF else UnluckyError
-            raise error(f"{name}: {what} error {mine:.3g} > {bound:.3g}, eager {max(others):.3g}")
 
 
 # The inputs and outputs of each operation.
@@ -138,14 +114,6 @@ def check(op, *tensors, backend, grad_out=None, wanted=None, **options):
         assert mine.is_contiguous() or name not in outputs, f"{name}: not contiguous"
         ratio = FORWARD if name in outputs else GRADIENT
         assert_within_rule(name, mine, gold[name], [e[name] for e in eagers], ratio)
-
-
-def _max(x):
-    return x.abs().max().item()
-
-
-def _rms(x):
-    return x.square().mean().sqrt().item()
 
 
 def _eager_attention(q, k, v, key_mask=None, scale=None, order=0):

@@ -37,10 +37,10 @@ def compare(options: argparse.Namespace, command: str) -> int:
         UsageError: no rich or matplotlib, no such device, a backend that cannot run here, a folder
             that cannot be written: nothing has been measured then.
     """
-    _need("rich", "matplotlib")
+    require("rich", "matplotlib")
     from .progress import Progress
 
-    settings = _settings(options)
+    settings = settings_of(options)
     out = Path(options.out)
     try:
         report.check_writable(out)
@@ -72,7 +72,7 @@ def compare(options: argparse.Namespace, command: str) -> int:
     return 130 if result.interrupted else 0
 
 
-def _need(*packages: str) -> None:
+def require(*packages: str) -> None:
     for package in packages:
         try:
             importlib.import_module(package)
@@ -80,7 +80,7 @@ def _need(*packages: str) -> None:
             raise UsageError(f"{error}; it comes with: pip install ptattn[bench]") from None
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def settings_of(options: argparse.Namespace) -> Settings:
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
         raise UsageError("argument --device: got cuda, but torch finds no CUDA GPU here")

@@ -66,11 +66,11 @@ def measure(block: Block, settings: Settings, share: float) -> Measurement:
     """Time a block's forward for about `share` seconds, MIN_RUNS to MAX_RUNS times."""
     forward = build(block, settings)
     with torch.inference_mode():
-        first, peak = _watched(forward, settings.device)
+        first, peak = watched(forward, settings.device)
         seconds = [first]
         if first < LONG_RUN:
             # The warm-up allocates what is kept, too. Where no peak can be reset, only it has one.
-            peak = _watched(forward, settings.device)[1] or peak
+            peak = watched(forward, settings.device)[1] or peak
             seconds = []
         while len(seconds) < MIN_RUNS or (len(seconds) < MAX_RUNS and sum(seconds) < share):
             seconds.append(_timed(forward, settings.device))
@@ -79,29 +79,37 @@ def measure(block: Block, settings: Settings, share: float) -> Measurement:
 
 def build(block: Block, settings: Settings) -> Callable[[], Tensor]:
     """The block with random weights and inputs of batch 1, as a function that runs its forward."""
+    module, inputs = make(block, settings)
+    return lambda: module(*inputs).total
+
+
+def make(block: Block, settings: Settings, batch: int = 1) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The block with random weights, and what it takes: tokens, their windows, the condition."""
     options: dict[str, Any] = dict(device=settings.device, dtype=DTYPES[settings.dtype])
     config, dim = block.config, block.config.dim
     classes = {"PT-DiT": PTDiTBlock, "DiT": DiTBlock, "PixArt": PixArtBlock}
     module = classes[block.family](config, backend=settings.backend).to(**options).eval()
     if block.family != "PT-DiT" and settings.backend == "triton":
-        # Full attention is at its best on torch's own kernels, and those it gets.
-        for attention in module.modules():
-            if isinstance(attention, SelfAttention | CrossAttention):
-                attention.backend = "sdpa"
+        full_attention_by_torch(module)
     for parameter in module.parameters():
         # No layer stays zero: a GPU clocks higher when it multiplies zeros.
         nn.init.normal_(parameter, std=0.02)
     rows = 1 if config.num_classes is not None else 6
     condition = Condition(
-        embedding=torch.randn(1, dim, **options),
-        modulation=torch.randn(1, rows * dim, **options),
-        text=torch.randn(1, TEXT_TOKENS, dim, **options),
+        embedding=torch.randn(batch, dim, **options),
+        modulation=torch.randn(batch, rows * dim, **options),
+        text=torch.randn(batch, TEXT_TOKENS, dim, **options),
     )
-    x = torch.randn(1, block.tokens, dim, **options)
-    if block.family == "PT-DiT":
-        proxies, windows = config.window_grids(block.grid)
-        return lambda: module(Residual(x), proxies, windows, condition).total
-    return lambda: module(Residual(x), condition).total
+    x = torch.randn(batch, block.tokens, dim, **options)
+    grids = config.window_grids(block.grid) if block.family == "PT-DiT" else ()
+    return module, (Residual(x), *grids, condition)
+
+
+def full_attention_by_torch(module: nn.Module) -> None:
+    """Full attention is at its best on torch's own kernels, and those it gets."""
+    for attention in module.modules():
+        if isinstance(attention, SelfAttention | CrossAttention):
+            attention.backend = "sdpa"
 
 
 class Worker:
@@ -202,7 +210,7 @@ def _timed(forward: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def _watched(forward: Callable[[], Tensor], device: str) -> tuple[float, int | None]:
+def watched(forward: Callable[[], Tensor], device: str) -> tuple[float, int | None]:
     """Seconds of one run, and the bytes by which it raised the memory in use."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

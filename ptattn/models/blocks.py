@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ..geometry import Triple
 from ..layers import Modulation, Residual, ZeroLinear
@@ -198,6 +204,46 @@ class Mlp(nn.Sequential):
 
     def __init__(self, dim: int) -> None:
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+
+
+class Blocks(nn.ModuleList):
+    """A model's blocks, one after the other."""
+
+    _checkpoint: dict[str, Any] | None = None  # options of torch's, while it is on
+
+    def checkpoint(self, enabled: bool = True, *, keep_attention: bool = False) -> None:
+        """Activation checkpointing: in the backward, blocks run again from what they took.
+
+        Each then keeps C numbers per token, in place of some 34·C of a text block.
+
+        Args:
+            enabled: False ends it.
+            keep_attention: keep what the attentions give too, 4·C numbers per token of a text
+                block, so that none of them runs again.
+        """
+        options: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+        if keep_attention:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+        self._checkpoint = options if enabled else None
+
+    def forward(self, stream: Residual, *others: Any) -> Residual:
+        """`others` go to every block."""
+        for block in self:
+            if self._checkpoint is None or not torch.is_grad_enabled():
+                stream = block(stream, *others)
+            else:
+                stream = checkpoint(partial(_summed, block), stream, *others, **self._checkpoint)
+        return stream
+
+
+def _summed(block: nn.Module, stream: Residual, *others: Any) -> Residual:
+    """The stream alone: with a branch beside it there would be two tensors to keep."""
+    return Residual(block(stream, *others).total)
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = "attention" in op.name()  # ours, and each of torch's
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Output(nn.Module):

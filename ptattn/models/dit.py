@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..layers import Residual, SelfAttention
 from .blocks import (
     AdaLNZero,
+    Blocks,
     ClassCondition,
     Condition,
     Mlp,
@@ -49,7 +50,7 @@ class DiT(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.condition = ClassCondition(config)
-        self.blocks = nn.ModuleList(DiTBlock(config, backend=backend) for _ in range(config.depth))
+        self.blocks = Blocks(DiTBlock(config, backend=backend) for _ in range(config.depth))
         self.output = Output(config, backend=backend)
         initialize_weights(self)
 
@@ -69,8 +70,6 @@ class DiT(nn.Module):
         """
         condition = self.condition(timestep, labels=labels)
         x, grid = self.patch_embed(latents)
-        stream = Residual(x)
-        for block in self.blocks:
-            stream = block(stream, condition)
+        stream = self.blocks(Residual(x), condition)
         x = self.output(stream, grid, condition.embedding)
         return x if latents.ndim == 5 else x.squeeze(2)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..layers import CrossAttention, Residual, SelfAttention, ZeroLinear
 from .blocks import (
     AdaLNSingle,
+    Blocks,
     Condition,
     Mlp,
     Output,
@@ -53,9 +54,7 @@ class PixArt(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.condition = TextCondition(config)
-        self.blocks = nn.ModuleList(
-            PixArtBlock(config, backend=backend) for _ in range(config.depth)
-        )
+        self.blocks = Blocks(PixArtBlock(config, backend=backend) for _ in range(config.depth))
         self.output = Output(config, backend=backend)
         initialize_weights(self)
 
@@ -82,8 +81,6 @@ class PixArt(nn.Module):
         """
         condition = self.condition(timestep, caption, caption_mask)
         x, grid = self.patch_embed(latents)
-        stream = Residual(x)
-        for block in self.blocks:
-            stream = block(stream, condition)
+        stream = self.blocks(Residual(x), condition)
         x = self.output(stream, grid, condition.embedding)
         return x if latents.ndim == 5 else x.squeeze(2)

@@ -1,67 +1,73 @@
-"""Whom ptattn is timed against on a GPU: torch's own attentions, with the copies that they need."""
+"""Whom an operation is timed against: torch's own attentions, with the copies that they need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import baselines
-from benchmarks.gpu_cases import DENSE, MEANS, WINDOWED, Case
+from . import baselines, op_parity
+from .baselines import FUSED, LAST_RESORT
+from .op_cases import DENSE, RESIDUAL, ROWWISE, WINDOWED, Case
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[tuple[Tensor, ...]], Outputs]
 
-FUSED = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-LAST_RESORT = {"math": SDPBackend.MATH}
 # FlexAttention looks at every pair of tokens to make its block mask.
 MOST_FLEX_TOKENS = 2**14
 
 
 def opponents(
-    case: Case, key_mask: Tensor | None, *, compiled: bool
+    case: Case, key_mask: Tensor | None, *, backend: str, compiled: bool
 ) -> Iterator[dict[str, Callable[[], Call]]]:
     """Makers of the opponents by name; those of a later dict are tried if no earlier one runs.
 
     An opponent may refuse when it is made, or when it is called. `compiled` adds those that take
-    torch.compile's time.
+    torch.compile's time. What `backend` itself does is no opponent of it.
     """
-    if case.op in MEANS:
-        first: dict[str, Callable[[], Call]] = {"torch": lambda: _means(case)}
+    if case.op in ROWWISE:
+        first: dict[str, Callable[[], Call]] = {}
+        if case.op in RESIDUAL:
+            first["eager"] = lambda: _eager(case)
+        if backend != "sdpa":
+            first["torch"] = lambda: _rowwise(case)
         if compiled:
-            first["torch.compile"] = lambda: _compiled_means(case)
+            first["torch.compile"] = lambda: _compiled_rowwise(case)
         yield first
         return
-    first = dict(_attentions(case, key_mask, FUSED))
-    if compiled and case.op in WINDOWED:
+    first = dict(_attentions(case, key_mask, FUSED, backend))
+    if compiled and backend != "sdpa" and case.op in WINDOWED:
         first["flex"] = lambda: _flex(case)
     yield first
-    yield dict(_attentions(case, key_mask, LAST_RESORT))
+    yield dict(_attentions(case, key_mask, LAST_RESORT, backend))
 
 
-def _means(case: Case) -> Call:
+def _eager(case: Case) -> Call:
+    """One operation of torch after the other."""
+    return lambda tensors: tuple(op_parity.formula(case, tensors, None))
+
+
+def _rowwise(case: Case) -> Call:
     return lambda tensors: case.call("sdpa", tensors, None)
 
 
-def _compiled_means(case: Case) -> Call:
+def _compiled_rowwise(case: Case) -> Call:
     _keep_for_repeats()
-    compiled = torch.compile(_means(case), dynamic=False)
+    compiled = torch.compile(_rowwise(case), dynamic=False)
     return lambda tensors: compiled(tensors)
 
 
 def _attentions(
-    case: Case, key_mask: Tensor | None, kinds: dict[str, SDPBackend]
+    case: Case, key_mask: Tensor | None, kinds: dict[str, SDPBackend], backend: str
 ) -> Iterator[tuple[str, Callable[[], Call]]]:
     for name, kind in kinds.items():
-        yield f"sdpa {name}", lambda kind=kind: _sdpa(case, key_mask, kind)
-        if case.op == "shifted":
-            yield f"roll-mask {name}", lambda kind=kind: _roll_mask(case, kind)
+        if backend != "sdpa":
+            yield f"sdpa {name}", partial(_sdpa, case, key_mask, kind)
+        if case.op in WINDOWED and (case.op == "shifted" or backend == "sdpa"):
+            yield f"roll-mask {name}", partial(_roll_mask, case, kind)
 
 
 def _sdpa(case: Case, key_mask: Tensor | None, kind: SDPBackend) -> Call:
@@ -78,11 +84,13 @@ def _roll_mask(case: Case, kind: SDPBackend) -> Call:
     masks: list[Tensor] = []
 
     def call(tensors: tuple[Tensor, ...]) -> Outputs:
-        if not masks:
+        if not masks and case.op == "shifted":
             q = tensors[0]
             masks.append(baselines.region_mask(case.windows, q.dtype).to(q.device))
         with sdpa_kernel(kind):
-            return (baselines.roll_mask_attention(*tensors, case.windows, masks[0]),)
+            mask = masks[0] if masks else None
+            q, k, v = tensors
+            return (baselines.roll_mask_attention(q, k, v, case.windows, mask),)
 
     return call
 

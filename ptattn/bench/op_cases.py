@@ -1,4 +1,4 @@
-"""What is measured on a GPU: every kernel at the paper's shapes, its inputs and its time floor.
+"""The operations that are measured: at the paper's shapes, with inputs and time floor.
 
 Shapes: B batch, N tokens, M keys or proxies, H heads, D head dim, C = H·D channels; all in bf16.
 """
@@ -6,17 +6,18 @@ Shapes: B batch, N tokens, M keys or proxies, H heads, D head dim, C = H·D chan
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Rates
-from ptattn import ops
-from ptattn.geometry import Triple, WindowGrid, default_window
-from ptattn.models.configs import PT_DIT
+from .. import ops
+from ..geometry import Triple, WindowGrid, default_window
+from ..models.configs import PT_DIT
+from .timing import Rates
 
 DTYPE, ELEMENT = torch.bfloat16, 2
 TASKS = ("forward", "backward")
@@ -24,8 +25,25 @@ TEXT = 120  # tokens of a caption, as in the paper
 DENSE = ("cross", "text", "proxy")
 WINDOWED = ("window", "shifted")
 ATTENTION = (*WINDOWED, *DENSE)
-MEANS = ("pool", "mean")
-OPS = (*ATTENTION, *MEANS)
+# Over rows of channels: residual + gate · branch with LayerNorm and modulation, the same ending in
+# window means, LayerNorm with window means, means alone.
+RESIDUAL = ("norm", "norm-pool")
+ROWWISE = (*RESIDUAL, "pool", "mean")
+OPS = (*ATTENTION, *ROWWISE)
+OUTPUTS = {
+    "norm": ("total", "normed"),
+    "norm-pool": ("total", "normed", "means"),
+    "pool": ("normed", "means"),
+    "mean": ("means",),
+}
+INPUTS = {"norm": ("x", "y", "gate", "shift", "scale"), "norm-pool": ("x", "y", "gate")}
+# Tensors of (B, N, C), then of (B, M, C), that must be read or written, each once; q and out, k and
+# v where nothing else is said, in the backward q, g and dq, k, v, dk and dv.
+ROWS = {
+    "forward": {"norm": (4, 0), "norm-pool": (4, 1), "pool": (2, 1), "mean": (1, 1)},
+    "backward": {"norm": (6, 0), "norm-pool": (6, 1), "pool": (3, 1), "mean": (1, 1)},
+}
+DENSE_ROWS = {"forward": (2, 2), "backward": (3, 4)}
 
 MODELS = {"XL": "pt-dit-xl", "H": "pt-dit-h", "B": "pt-dit-b"}
 GRIDS = {
@@ -62,8 +80,8 @@ class Case:
     """One operation at one shape.
 
     `op` is one of OPS: window attention plain or shifted, attention of the tokens to the proxies or
-    to a padded caption and of the proxies to themselves, LayerNorm with window means, means alone.
-    `window` is that of the attention or of the proxies.
+    to a padded caption and of the proxies to themselves, and those of ROWWISE. `window` is that of
+    the attention or of the proxies.
     """
 
     op: str
@@ -89,6 +107,19 @@ class Case:
         return self.heads * self.head_dim
 
     @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return self.batch * self.windows.num_tokens
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return OUTPUTS.get(self.op, ("out",))
+
+    @property
+    def inputs_of_gradients(self) -> tuple[str, ...]:
+        return INPUTS.get(self.op, ("x",) if self.op in ROWWISE else ("q", "k", "v"))
+
+    @property
     def queries(self) -> int:
         """Queries of a sample; tokens of the means."""
         return self.windows.num_windows if self.op == "proxy" else self.windows.num_tokens
@@ -103,18 +134,13 @@ class Case:
     @property
     def pairs(self) -> int:
         """Query-key pairs of a sample and head."""
-        if self.op in MEANS:
+        if self.op in ROWWISE:
             return 0
         return self.windows.num_pairs if self.op in WINDOWED else self.queries * self.keys
 
     def bytes(self, task: str) -> int:
         """What must be read and written, every input and output once."""
-        # Forward: q and out; x and normed; x.  Backward: q, g and dq; x, dnormed and dx; dx.
-        # For the keys: k and v, also dk and dv; the proxies or their gradients.
-        rows, key_rows = {
-            "forward": {"pool": (2, 1), "mean": (1, 1)},
-            "backward": {"pool": (3, 1), "mean": (1, 1)},
-        }[task].get(self.op, (2, 2) if task == "forward" else (3, 4))
+        rows, key_rows = ROWS[task].get(self.op, DENSE_ROWS[task])
         row = self.channels * ELEMENT
         return self.batch * row * (rows * self.queries + key_rows * self.keys)
 
@@ -126,6 +152,23 @@ class Case:
     def floor(self, task: str, rates: Rates) -> float:
         """Seconds."""
         return max(self.bytes(task) / rates.copy, self.flops(task) / rates.products)
+
+    def facts(self, task: str) -> dict[str, Any]:
+        """What a result file says of the case, and what targets go by."""
+        return {
+            "op": self.op,
+            "model": self.model,
+            "grid": list(self.grid),
+            "window": list(self.window),
+            "shift": list(self.windows.shift),
+            "batch": self.batch,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "queries": self.queries,
+            "keys": self.keys,
+            "bytes": self.bytes(task),
+            "flops": self.flops(task),
+        }
 
     @property
     def memory(self) -> int:
@@ -144,10 +187,12 @@ class Case:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=DTYPE)
 
-        if self.op in MEANS:
-            tensors, upstream = (draw(b, n, self.channels),), (draw(b, m, self.channels),)
-            if self.op == "pool":
-                upstream = (draw(b, n, self.channels), *upstream)
+        if self.op in ROWWISE:
+            vectors = {"norm": 3, "norm-pool": 1}.get(self.op, 0)
+            streams = (draw(b, n, self.channels) for _ in range(2 if vectors else 1))
+            tensors = (*streams, *(draw(b, self.channels) for _ in range(vectors)))
+            rows = {"means": m}
+            upstream = tuple(draw(b, rows.get(name, n), self.channels) for name in self.outputs)
         else:
             if self.op in ("cross", "text"):
                 tensors = (draw(b, n, *heads), *draw(b, m, 2, *heads).unbind(2))
@@ -166,14 +211,26 @@ class Case:
         self, backend: str, tensors: tuple[Tensor, ...], key_mask: Tensor | None
     ) -> tuple[Tensor, ...]:
         """The outputs by one of ptattn's backends."""
-        if self.op == "mean":
-            return (ops.window_mean(*tensors, self.grid, self.window, backend=backend),)
-        if self.op == "pool":
-            return ops.layer_norm_window_mean(*tensors, self.grid, self.window, backend=backend)
+        function, geometry = self._function()
         if self.op in DENSE:
-            return (ops.attention(*tensors, key_mask=key_mask, backend=backend),)
-        geometry = self.grid, self.window, self.windows.shift
-        return (ops.window_attention(*tensors, *geometry, backend=backend),)
+            return (function(*tensors, key_mask=key_mask, backend=backend),)
+        out = function(*tensors, *geometry, backend=backend)
+        return out if isinstance(out, tuple) else (out,)
+
+    def _function(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The operation, and what it takes beyond tensors."""
+        geometry = self.grid, self.window
+        if self.op in DENSE:
+            return ops.attention, ()
+        if self.op in WINDOWED:
+            return ops.window_attention, (*geometry, self.windows.shift)
+        rowwise: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+            "mean": (ops.window_mean, geometry),
+            "pool": (ops.layer_norm_window_mean, geometry),
+            "norm": (ops.residual_layer_norm, ()),
+            "norm-pool": (ops.residual_layer_norm_window_mean, geometry),
+        }
+        return rowwise[self.op]
 
 
 def _model(name: str) -> tuple[int, int]:

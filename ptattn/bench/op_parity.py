@@ -1,4 +1,4 @@
-"""The gate before every time: outputs and gradients against float64, by the rule of the tests.
+"""The gate of the operations: outputs and gradients against float64, by the rule of the tests.
 
 Heads do not depend on one another, nor do samples, so the first head of the first sample and the
 last of the last are checked whole, against the formula below in float64 and in the case's dtype.
@@ -6,31 +6,27 @@ last of the last are checked whole, against the formula below in float64 and in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_cases import DENSE, MEANS, Case, Inputs
-from ptattn.geometry import WindowGrid
-from tests.tolerance import FORWARD, GRADIENT, assert_within_rule
+from ..geometry import WindowGrid
+from .op_cases import DENSE, ROWWISE, Case, Inputs
+from .parity import FORWARD, GRADIENT, WrongError, assert_within_rule, relative_error
 
 # Relative error allowed to an opponent in bf16, in the norm, against ours, which has been checked.
 OPPONENT = 2e-2
 
 
-class WrongError(AssertionError):
-    """A result that the rule does not allow: it has no speed."""
-
-
-def check(case: Case, inputs: Inputs) -> dict[str, float]:
+def check(case: Case, inputs: Inputs, backend: str = "triton") -> dict[str, float]:
     """Hold ours to the rule; the error of each output and gradient as a share of plain torch's.
 
     Raises:
         WrongError: naming what is wrong.
     """
-    outs = case.call("triton", inputs.tensors, inputs.key_mask)
+    outs = case.call(backend, inputs.tensors, inputs.key_mask)
     grads = torch.autograd.grad(outs, inputs.tensors, inputs.upstream)
     errors: dict[str, float] = {}
     for part in _parts(case):
@@ -39,19 +35,18 @@ def check(case: Case, inputs: Inputs) -> dict[str, float]:
     return errors
 
 
-def check_opponent(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+def check_opponent(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
     """Raise WrongError where an opponent computes something else."""
     for mine, other in zip(ours, theirs, strict=True):
-        size = mine.float().norm()
-        error = ((other.float() - mine.float()).norm() / size).item()
+        error = relative_error(other, mine)
         if not error <= OPPONENT:
             raise WrongError(f"error {error:.1e} against ours, limit {OPPONENT:.0e}")
 
 
 def _parts(case: Case) -> list[tuple[slice, slice]]:
-    """Samples and heads to check; means have no heads."""
+    """Samples and heads to check; rows of channels have no heads."""
     first, last = slice(0, 1), slice(-1, None)
-    if case.op in MEANS:
+    if case.op in ROWWISE:
         parts = [(first, slice(None)), (last, slice(None))]
         return parts[: min(2, case.batch)]
     return [(first, first), (last, last)]
@@ -81,19 +76,14 @@ def _check_part(
     shares = {}
     for i, (name, mine) in enumerate(zip(_names(case), ours, strict=True)):
         ratio = FORWARD if i < len(outs) else GRADIENT
-        try:
-            assert_within_rule(name, mine, gold[i], [eager[i]], ratio)
-        except AssertionError as error:
-            raise WrongError(str(error)) from error
+        assert_within_rule(name, mine, gold[i], [eager[i]], ratio)
         worst, allowed = ((t.double() - gold[i]).abs().max().item() for t in (mine, eager[i]))
         shares[name] = worst / allowed if allowed else float(worst > 0)
     return shares
 
 
 def _names(case: Case) -> tuple[str, ...]:
-    if case.op == "pool":
-        return "normed", "means", "dx"
-    return ("means", "dx") if case.op == "mean" else ("out", "dq", "dk", "dv")
+    return (*case.outputs, *(f"d{name}" for name in case.inputs_of_gradients))
 
 
 def _evaluate(
@@ -113,24 +103,43 @@ def formula(case: Case, tensors: Sequence[Tensor], key_mask: Tensor | None) -> I
     """The outputs in plain torch, in the dtype of the inputs; windows are gathered side by side."""
     if case.op in DENSE:
         present = None if key_mask is None else key_mask[:, None, None]
-        yield _attention(*tensors, case.head_dim**-0.5, present)
+        yield _attention(tensors, case.head_dim**-0.5, present)
+        return
+    if case.op in ROWWISE:
+        yield from _rowwise(case, *tensors)
         return
     slots, present = _slots(case.windows, tensors[0].device)
-    if case.op in MEANS:
-        (x,) = tensors
-        if case.op == "pool":
-            yield F.layer_norm(x, x.shape[-1:], eps=1e-6)
-        members = torch.where(present[..., None], x[:, slots], 0)
-        yield members.sum(2) / present.sum(1)[:, None].to(x.dtype)
-        return
-    q, k, v = (t[:, slots].flatten(0, 1) for t in tensors)  # (B·W, P, H, D)
+    gathered = [t[:, slots].flatten(0, 1) for t in tensors]  # (B·W, P, H, D)
     keys = present.repeat(tensors[0].shape[0], 1)[:, None, None]
-    out = _attention(q, k, v, case.head_dim**-0.5, keys)
+    out = _attention(gathered, case.head_dim**-0.5, keys)
     out = out.unflatten(0, (tensors[0].shape[0], -1))[:, present]
     yield out[:, slots[present].argsort()]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, present: Tensor | None) -> Tensor:
+def _rowwise(
+    case: Case,
+    x: Tensor,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Iterator[Tensor]:
+    if y is not None and gate is not None:
+        x = x + gate[:, None] * y
+        yield x
+    if "normed" in case.outputs:
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        if scale is not None and shift is not None:
+            normed = normed * (1 + scale[:, None]) + shift[:, None]
+        yield normed
+    if "means" in case.outputs:
+        slots, present = _slots(case.windows, x.device)
+        members = torch.where(present[..., None], x[:, slots], 0)
+        yield members.sum(2) / present.sum(1)[:, None].to(x.dtype)
+
+
+def _attention(qkv: Sequence[Tensor], scale: float, present: Tensor | None) -> Tensor:
+    q, k, v = qkv
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     if present is not None:
         scores = scores.masked_fill(~present, float("-inf"))

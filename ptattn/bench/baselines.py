@@ -1,24 +1,34 @@
 """What ptattn is measured against: the released block's way, a peer's block, and the time floor.
 
-`RollMaskBlock` computes what `ptattn.models.pt_dit.PTDiTBlock` computes, the way the released
+`RollMaskBlock` computes what `models.pt_dit.PTDiTBlock` computes, the way the released
 inference code and Swin-type code do; tests/test_baselines.py holds the two equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
-from ptattn.geometry import WindowGrid
-from ptattn.models.blocks import Condition
-from ptattn.models.pixart import PixArtBlock
-from ptattn.models.pt_dit import PTDiTBlock
+from ..geometry import WindowGrid
+from ..models.blocks import Condition
+from ..models.pixart import PixArtBlock
+from ..models.pt_dit import PTDiTBlock
 
 EPS = 1e-6
+RELEASED = "roll-and-mask"  # the released block's way
+# torch's own attentions, and the one that holds all scores: for what none of the others takes.
+FUSED = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+LAST_RESORT = {"math": SDPBackend.MATH}
 
 
 def _sizes(windows: WindowGrid) -> dict[str, int]:
@@ -123,7 +133,7 @@ class RollMaskBlock(nn.Module):
         windows: WindowGrid,
         vector: Tensor,
         text: Tensor,
-        text_mask: Tensor,
+        text_mask: Tensor | None,
         mask: Tensor,
     ) -> Tensor:
         """x (B·W, w, D), vector (B, 6D), text_mask (B, T) bool, mask (W, w, w) of the shift."""
@@ -150,7 +160,8 @@ class RollMaskBlock(nn.Module):
         x = self.zero_shifted(gate1 * y) + x
 
         flat = x.view(batch, -1, x.shape[-1])
-        x = (self.attn["text"](flat, text, text_mask[:, None, None]) + flat).view(x.shape)
+        keys = None if text_mask is None else text_mask[:, None, None]
+        x = (self.attn["text"](flat, text, keys) + flat).view(x.shape)
 
         y = self.norm(x) * (1 + scale2) + shift2
         return gate2 * self.down(self.act(self.up(y))) + x
@@ -158,10 +169,11 @@ class RollMaskBlock(nn.Module):
     @torch.no_grad()
     def copy_weights(self, block: PTDiTBlock) -> RollMaskBlock:
         """Take the weights of our text-conditional block."""
-        giim, tcm = block.global_interaction, block.texture_complement
+        giim, tcm, mlp = block.global_interaction, block.texture_complement, block.mlp
         sources = (giim.proxy_attn, giim.cross_attn, tcm.window_attn, tcm.shifted_attn)
-        pairs = zip(self.attn.values(), (*sources, block.text_attn), strict=True)
-        for own, theirs in pairs:
+        modules: tuple[Any, ...] = (*sources, block.text_attn)
+        owns: Iterable[Any] = self.attn.values()
+        for own, theirs in zip(owns, modules, strict=True):
             packed = (theirs.qkv,) if hasattr(theirs, "qkv") else (theirs.q, theirs.kv)
             for name in ("weight", "bias"):
                 q, k, v = torch.cat([getattr(layer, name) for layer in packed]).chunk(3)
@@ -170,18 +182,19 @@ class RollMaskBlock(nn.Module):
             own.out.load_state_dict(theirs.proj.state_dict())
         self.zero_cross.load_state_dict(giim.zero.state_dict())
         self.zero_shifted.load_state_dict(tcm.zero.state_dict())
-        self.up.load_state_dict(block.mlp[0].state_dict())
-        self.down.load_state_dict(block.mlp[2].state_dict())
-        window, mlp, shifted = block.modulation.table
-        self.table.copy_(torch.cat([window, mlp]))
+        self.up.load_state_dict(mlp[0].state_dict())
+        self.down.load_state_dict(mlp[2].state_dict())
+        table: Any = block.modulation.table
+        window, last, shifted = table
+        self.table.copy_(torch.cat([window, last]))
         self.shifted_table.copy_(shifted)
         return self
 
 
-def gemms_21(n: int, dim: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The time floor of a block: its 21 D x D products over N tokens, and nothing else."""
-    x = torch.randn(n, dim, dtype=dtype)
-    weights = [torch.randn(dim, dim, dtype=dtype) / dim**0.5 for _ in range(21)]
+def gemms_21(x: Tensor) -> Callable[[], Tensor]:
+    """A yardstick of a block's time: 21 D x D products over its tokens (B, N, D), nothing else."""
+    dim = x.shape[-1]
+    weights = [x.new_empty(dim, dim).normal_(std=dim**-0.5) for _ in range(21)]
 
     def run() -> Tensor:
         for weight in weights:
@@ -219,7 +232,8 @@ class DiffusersPixArtBlock(nn.Module):
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         # The additive form that diffusers' own model makes of a mask.
-        bias = (1 - condition.text_mask.to(x.dtype))[:, None] * -10000.0
+        text_mask = condition.text_mask
+        bias = None if text_mask is None else (1 - text_mask.to(x.dtype))[:, None] * -10000.0
         return self.block(
             x,
             encoder_hidden_states=condition.text,
@@ -230,9 +244,12 @@ class DiffusersPixArtBlock(nn.Module):
     @torch.no_grad()
     def copy_weights(self, block: PixArtBlock) -> DiffusersPixArtBlock:
         """Take the weights of our PixArt block."""
-        peer = self.block
+        peer: Any = self.block
         attn, text, mlp = block.attn, block.text_attn, block.mlp
-        pairs = [(peer.attn1.to_out[0], attn.proj), (peer.attn2.to_out[0], text.proj)]
+        pairs: list[tuple[Any, Any]] = [
+            (peer.attn1.to_out[0], attn.proj),
+            (peer.attn2.to_out[0], text.proj),
+        ]
         pairs += [
             (peer.ff.net[0].proj, mlp[0]),
             (peer.ff.net[2], mlp[2]),

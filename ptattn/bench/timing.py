@@ -1,7 +1,8 @@
-"""Times on a GPU: events around every call, a cold L2 cache, and contenders that take turns.
+"""Times by quantiles: contenders take turns, so that whatever slows the machine slows them alike.
 
-Calls are queued while the GPU is still busy clearing its cache, for at least as long as the host
-takes to launch them, so that a time is the GPU's alone; what the host takes stands beside it.
+On a GPU there are events around every call and a cold L2 cache. Calls are queued while the GPU is
+still busy clearing its cache, for at least as long as the host takes to launch them, so that a time
+is the GPU's alone; what the host takes stands beside it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 Run = Callable[[], Any]
 
 CLEARED = 256 * 2**20  # bytes read before every call: several times the L2 of any GPU so far
 WARM_UP = 3
+# A first run this long needs no second to warm up: what that hides takes some ten milliseconds.
+LONG_RUN = 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median, the 20th and 80th of 100; `host` until the call returns."""
+    """Seconds of one call: the median, the 20th and 80th of 100; `host` until the call returns, 0
+    where that is all of it."""
 
     median: float
     low: float
@@ -34,9 +39,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the GPU does at best: bytes read plus written, and operations, per second.
+    """What the machine does at best: bytes read plus written, and operations, per second.
 
-    `launch` is the time, in seconds, that the clock shows for a kernel with nothing to do.
+    `launch` is the time, in seconds, that the clock shows for an operation with nothing to do.
     """
 
     copy: float
@@ -45,15 +50,35 @@ class Rates:
 
 
 class Clock(Protocol):
-    def host(self, run: Run) -> float:
-        """Seconds until a call returns; waits for the GPU before and after."""
+    calls: tuple[int, int]  # the fewest and the most that a measurement makes of each contender
+
+    def warm_up(self, run: Run) -> float:
+        """Run a few times; seconds until a call returns, where that is less than it takes."""
 
     def sample(self, run: Run, host: float) -> float:
         """Seconds that one call takes, its inputs out of cache."""
 
 
+class CpuClock:
+    """Wall time."""
+
+    calls = (3, 100)
+
+    def warm_up(self, run: Run) -> float:
+        if self.sample(run, 0.0) < LONG_RUN:
+            run()
+        return 0.0
+
+    def sample(self, run: Run, host: float) -> float:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+
 class GpuClock:
     """The clock of the current CUDA device."""
+
+    calls = (15, 100)
 
     def __init__(self) -> None:
         self._cache = torch.zeros(CLEARED // 4, dtype=torch.float32, device="cuda")
@@ -61,7 +86,13 @@ class GpuClock:
         self._clear()
         self._clear_seconds = min(self._between(lambda: None, 1, self._clear) for _ in range(5))
 
-    def host(self, run: Run) -> float:
+    def warm_up(self, run: Run) -> float:
+        for _ in range(WARM_UP):
+            run()
+        return min(self._host(run) for _ in range(3))
+
+    @staticmethod
+    def _host(run: Run) -> float:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         run()
@@ -100,40 +131,53 @@ def summarize(samples: Sequence[float], host: float) -> Timing:
 
 
 def measure(
-    clock: Clock, runs: dict[str, Run], seconds: float, calls: tuple[int, int] = (15, 100)
+    clock: Clock, runs: dict[str, Run], seconds: float, calls: tuple[int, int] | None = None
 ) -> dict[str, Timing]:
     """Time each run, in turns, in an order that moves on by one every round.
 
-    A round is repeated for `seconds` in all, but at least and at most so many times as `calls`.
+    A round is repeated for `seconds` in all, but at least and at most so many times as `calls`, by
+    default the clock's.
     """
-    hosts = {}
-    for name, run in runs.items():
-        for _ in range(WARM_UP):
-            run()
-        hosts[name] = min(clock.host(run) for _ in range(3))
+    fewest, most = calls or clock.calls
+    hosts = {name: clock.warm_up(run) for name, run in runs.items()}
     begin = time.perf_counter()
     samples = {name: [clock.sample(run, hosts[name])] for name, run in runs.items()}
     rounds = int(seconds / max(time.perf_counter() - begin, 1e-9))
     names = list(runs)
-    for i in range(1, min(max(rounds, calls[0]), calls[1])):
-        start = i % len(names)
+    for i in range(1, min(max(rounds, fewest), most)):
+        start = i % max(1, len(names))
         for name in names[start:] + names[:start]:
             samples[name].append(clock.sample(runs[name], hosts[name]))
     return {name: summarize(values, hosts[name]) for name, values in samples.items()}
 
 
-def rates(clock: Clock, device: str, *, copied: int = 2**31, side: int = 8192) -> Rates:
-    """Measure a copy of `copied` bytes and a bf16 product of two side x side matrices.
+def clock_of(device: str) -> Clock:
+    return GpuClock() if device == "cuda" else CpuClock()
 
-    On random numbers: zeros multiply faster.
+
+def rates(
+    clock: Clock,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    copied: int | None = None,
+    side: int | None = None,
+) -> Rates:
+    """Measure a copy of `copied` bytes and a product of two side x side matrices.
+
+    On random numbers, as zeros multiply faster, and laid out as in a linear layer. By default the
+    sizes are far beyond the caches: 2 GiB and 8192 on a GPU, 256 MiB and 2048 on the CPU.
     """
-    source = torch.randn(copied // 2, device=device, dtype=torch.bfloat16)
+    large = device == "cuda"
+    copied, side = copied or (2**31 if large else 2**28), side or (8192 if large else 2048)
+    options: Any = dict(device=device, dtype=dtype)
+    source = torch.randn(copied // dtype.itemsize, **options)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product, one = torch.empty_like(a), torch.zeros(1, device=device)
+    a, b = (torch.randn(side, side, **options) for _ in range(2))
+    one = torch.zeros(1, device=device)
     runs = {
         "copy": lambda: target.copy_(source),
-        "products": lambda: torch.mm(a, b, out=product),
+        "products": lambda: F.linear(a, b),
         "launch": lambda: one.add_(1),
     }
     times = {name: t.median for name, t in measure(clock, runs, 0.5, (20, 50)).items()}

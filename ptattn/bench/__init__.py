@@ -1,0 +1,1 @@
+"""`ptattn bench`: operations, blocks and models, each checked before it is timed."""

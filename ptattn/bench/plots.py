@@ -1,0 +1,126 @@
+"""Latency against tokens, at equal width and at equal parameters, as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from ..compare.plots import OPPONENT_COLORS, PROXY_COLORS
+from .floor import FORWARD
+from .result import PREDICTED, Result, Row, fastest, groups
+
+# Models of one width, D = 1152, and of one number of parameters within 10 %.
+PANELS = {
+    "at equal width, D = 1152": ("PT-DiT/XL", "DiT/XL", "PixArt-α"),
+    "at equal parameters, 0.6 B": ("PT-DiT/L", "PixArt-α"),
+    "at equal parameters, 0.13 B": ("PT-DiT/B", "DiT/B"),
+}
+SIZE = 17, 6.25  # inches
+
+Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
+
+
+def crossover(result: Result) -> bytes | None:
+    """Forward time of images at batch 1, the fastest contender of each model; blocks times depth.
+
+    None where no panel has a PT-DiT and an opponent at two sizes.
+    """
+    panels = {title: _points(result.rows, models) for title, models in PANELS.items()}
+    panels = {title: lines for title, lines in panels.items() if len(lines) > 1}
+    if not panels:
+        return None
+    figure = Figure(figsize=(SIZE[0] * len(panels) / 3 + 2, SIZE[1]), dpi=130, layout="constrained")
+    predicted = any(row.status == PREDICTED for row in result.rows)
+    figure.suptitle(_title(result, predicted), x=0.01, ha="left", fontsize=15, fontweight="bold")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                    panels.items(), strict=True):  # fmt: skip
+        _panel(axes, title, lines)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _title(result: Result, predicted: bool) -> str:
+    where = result.settings.get("predicted_for") if predicted else result.machine.split(";")[0]
+    return f"One forward pass, {'PREDICTED for' if predicted else 'measured on'} {where}"
+
+
+def _points(rows: Sequence[Row], models: Sequence[str]) -> dict[str, Points]:
+    """Of the models that have two sizes or more; empty unless a PT-DiT is among them."""
+    found: dict[str, Points] = {}
+    for kind in ("block", "model"):  # whole models take the place of blocks
+        own = [row for row in rows if _fits(row, kind)]
+        lines: dict[str, Points] = {}
+        for group in groups(own).values():
+            for model in models:
+                best = fastest(group, model)
+                if best and best.seconds:
+                    times = best.facts["depth"] if kind == "block" else 1
+                    lines.setdefault(model, []).append((best.tokens, times * best.seconds))
+        lines = {model: sorted(line) for model, line in lines.items() if len(line) > 1}
+        if len(lines) > 1 and any(model.startswith("PT-DiT") for model in lines):
+            found = lines
+    return found
+
+
+def _fits(row: Row, kind: str) -> bool:
+    """Images at batch 1, as they are in use: whole models at their own depth, not fused."""
+    known = row.facts
+    return (
+        row.task == FORWARD
+        and (known.get("kind"), known.get("frames"), known.get("batch")) == (kind, 1, 1)
+        and (kind == "block" or known["blocks"] == known["depth"])
+        and not row.contender.endswith(("fused", "roll-and-mask"))
+    )
+
+
+def _panel(axes: Any, title: str, lines: dict[str, Points]) -> None:
+    palettes = {True: iter(PROXY_COLORS), False: iter(OPPONENT_COLORS)}
+    colors = {model: next(palettes[model.startswith("PT-DiT")]) for model in lines}
+    for model, line in lines.items():
+        style = dict(marker="o", markersize=6, linewidth=2.2, color=colors[model])
+        axes.plot(*zip(*line, strict=True), label=model, **style)
+    for ours, theirs in ((a, b) for a in lines for b in lines):
+        if ours.startswith("PT-DiT") and not theirs.startswith("PT-DiT"):
+            for tokens, seconds in _crossings(lines[ours], lines[theirs]):
+                ring = dict(marker="o", markersize=15, markerfacecolor="none", markeredgewidth=2)
+                text = f"{ours} = {theirs}: ≈ {float(f'{tokens:.2g}'):,.0f} tokens"
+                axes.plot(
+                    [tokens], [seconds], color=colors[theirs], linestyle="", label=text, **ring
+                )
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.set_xlabel("tokens", fontsize=12)
+    axes.set_ylabel("seconds", fontsize=12)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    axes.grid(True, color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=11, edgecolor="none", loc="upper left")
+
+
+def _crossings(ours: Points, theirs: Points) -> Points:
+    """Where ours becomes the faster one, on straight lines of the log-log plot."""
+    other = dict(theirs)
+    points = [
+        (math.log(tokens), math.log(other[tokens] / seconds), math.log(seconds))
+        for tokens, seconds in ours
+        if tokens in other
+    ]
+    found = []
+    for (x0, gain0, y0), (x1, gain1, y1) in pairwise(points):
+        if gain0 < 0 <= gain1:
+            t = gain0 / (gain0 - gain1)
+            found.append((round(math.exp(x0 + t * (x1 - x0))), math.exp(y0 + t * (y1 - y0))))
+    return found

@@ -1,0 +1,109 @@
+"""A run from its rows to its files: what `ptattn bench` and benchmarks.gpu have in common."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from ..compare import UsageError
+from ..compare.report import write
+from . import plots, result, tables, targets
+from .result import NOT_REACHED, Result, Row
+
+WRITE_EVERY = 30.0  # seconds: what a run leaves behind that is killed
+
+
+def open_folder(out: Path) -> None:
+    """Make the folder; raise UsageError if it cannot be written to. Changes no file."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"argument --out: cannot write to {out}: {error}") from None
+
+
+def carry_out(
+    done: Result,
+    found: Iterable[list[Row]],
+    out: Path,
+    against: Result | None = None,
+    notes: Sequence[str] = (),
+) -> int:
+    """Gather the rows, write OUT/KIND.json, .md and .png whatever ends the run, print them.
+
+    Args:
+        done: a result without rows yet.
+        found: the rows as they come; Ctrl-C ends them.
+        against: an earlier result that this one is compared with.
+        notes: paragraphs above the table.
+
+    Returns:
+        The exit code: 1 if something of ours is wrong, does not run, or is slower than in `against`
+        beyond noise; 130 after Ctrl-C.
+    """
+    interrupted = False
+    try:
+        for rows in _written_now_and_then(done, found, out, notes):
+            for row in rows:
+                if row.status != NOT_REACHED:
+                    print(tables.line(row), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        done.verdicts = targets.verdicts(done)
+        drawn = _write(done, out, notes)
+    # A file or a pipe has no width of its own, and is best read whole.
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    tables.show(done, Console(width=None if known else 160), notes)
+    print(f"Written to {out}/ ({done.kind}.json, .md" + (", .png)." if drawn else ")."))
+    slower = 0 if against is None else _compare(against, done)
+    return 130 if interrupted else max(slower, result.status(done.rows))
+
+
+def _written_now_and_then(
+    done: Result, found: Iterable[list[Row]], out: Path, notes: Sequence[str]
+) -> Iterator[list[Row]]:
+    written = time.monotonic()
+    for rows in found:
+        done.rows += rows
+        yield rows
+        if time.monotonic() - written > WRITE_EVERY:
+            _write(done, out, notes)
+            written = time.monotonic()
+
+
+def _write(done: Result, out: Path, notes: Sequence[str]) -> bool:
+    """Whether there is a picture."""
+    text, picture = tables.markdown(done, notes), plots.crossover(done)
+    if picture:
+        text += f"\n![Forward time against tokens]({done.kind}.png)\n"
+        write(out / f"{done.kind}.png", picture)
+    else:  # that of an earlier run would contradict the table
+        with suppress(FileNotFoundError):
+            (out / f"{done.kind}.png").unlink()
+    write(out / f"{done.kind}.json", done.to_json())
+    write(out / f"{done.kind}.md", text)
+    return picture is not None
+
+
+def _compare(old: Result, new: Result) -> int:
+    """Say what became slower; 1 if anything did."""
+    slower, common = result.regressions(old, new)
+    rule = f"20th percentile above the earlier 80th and median {result.SLOWER - 1:.0%} up"
+    print(
+        f"\nAgainst {old.command} of {old.date[:10]}: {len(slower)} of {common} times of ours are "
+        f"slower beyond noise ({rule})."
+    )
+    for line in slower:
+        print(f"- {line}")
+    if not common and not slower:
+        raise UsageError("argument --against: the two results have no row in common")
+    return int(bool(slower))

@@ -1,0 +1,80 @@
+"""What a run sees, step by step: all that is random is a function of the seed and the position.
+
+So a run that goes on from a checkpoint sees what it would have seen, and any number of processes
+and accumulated parts sees the same batches with the same noise.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..config import Config
+from .conditions import Conditions
+from .dataset import Dataset
+
+ORDER, EXAMPLE, PICTURE = range(3)  # what random numbers are for
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers that depend on a key of non-negative integers alone, on the CPU."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+class Stream(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Example at a position: epoch after epoch, each in an order of its own."""
+
+    def __init__(self, data: Dataset, config: Config) -> None:
+        self.data, self.config = data, config
+        self.conditions = Conditions(config)
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.data), generator=generator(self.config.seed, ORDER, epoch))
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        config = self.config
+        epoch, place = divmod(position, len(self.data))
+        index = int(self.order(epoch)[place])
+        random = generator(config.seed, EXAMPLE, position)
+        drop = torch.rand((), generator=random) < config.drop_condition
+        return {
+            "pixels": self.data.pixels(index),
+            "noise": torch.randn(config.shape, generator=random),
+            "timestep": config.flow.timesteps(1, config.noise_shift, random)[0],
+            **self.conditions.one(None if drop else self.data.conditions[index]),
+        }
+
+
+def batches(
+    data: Dataset, config: Config, start: int, rank: int = 0, processes: int = 1
+) -> DataLoader[dict[str, Tensor]]:
+    """This process's part of every batch from step `start` on, one per accumulated part.
+
+    A batch holds pixels uint8 (b, C, [F,] H, W), noise like it, timestep (b,) and the model's
+    arguments.
+
+    Raises:
+        ValueError: a batch that processes · accumulation does not divide.
+    """
+    parts = processes * config.accumulation
+    size, rest = divmod(config.batch_size, parts)
+    if rest:
+        raise ValueError(
+            f"batch_size must be a multiple of {processes} processes · accumulation "
+            f"{config.accumulation}; got {config.batch_size}"
+        )
+
+    positions = (
+        list(range(first := step * config.batch_size + part * size, first + size))
+        for step in range(start, config.steps)
+        for part in range(rank, parts, processes)
+    )
+    return DataLoader(
+        Stream(data, config), batch_sampler=positions, num_workers=config.data.workers
+    )

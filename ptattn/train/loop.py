@@ -1,0 +1,192 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from .. import files, flow
+from .config import Config
+from .data import batches, load
+from .log import Log
+from .pictures import grid, save_grid, still
+from .sampling import draw, examples, name_conditions
+from .state import CLASSES, CONFIG, STATE, State, check_folder
+
+
+class Record(NamedTuple):
+    """A step, the seconds since the run began, and its loss."""
+
+    step: int
+    seconds: float
+    loss: float
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the gradient is no longer a number."""
+
+
+def train(config: Config, folder: str | Path, *, minutes: float | None = None) -> list[Record]:
+    """Train a model, or go on where the run in `folder` was left, killed or not.
+
+    Under accelerate's launcher or torchrun, on as many processes as there are; on the GPU where
+    there is one.
+
+    Args:
+        config: of the run.
+        folder: for its configuration, checkpoints, pictures and tensorboard's files.
+        minutes: stop after that long, with a checkpoint.
+
+    Returns:
+        A record of every step made.
+
+    Raises:
+        ValueError: data that does not fit the configuration, or a folder with a run of another.
+        DivergedError: a loss or gradient that is not finite; the last checkpoint is kept.
+        MemoryError: a batch that does not fit into memory.
+        OSError: a checkpoint that cannot be written; the one before is kept.
+        ImportError: a package that is not installed.
+    """
+    folder = Path(folder)
+    trainer = Trainer(config, folder)
+    begin, limit = time.monotonic(), math.inf if minutes is None else 60 * minutes
+    records: list[Record] = []
+    with trainer.log as log:
+        trainer.begin()
+        while trainer.state.step < config.steps:
+            loss, norm = trainer.gradients()
+            trainer.update()
+            step, seconds = trainer.state.step, time.monotonic() - begin
+            records.append(Record(step, seconds, loss))
+            log.step(step, loss, gradient_norm=norm)
+            done = step == config.steps or trainer.any_process(seconds > limit)
+            if done or step % config.save_every == 0:
+                trainer.save()
+            if done or step % config.sample_every == 0:
+                trainer.show()
+            if done:
+                break
+    return records
+
+
+class Trainer:
+    """One process of a run: its part of every batch, and if it is the first, the run's files."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        resuming = check_folder(folder, config)
+        self.config, self.folder = config, folder
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            gradient_accumulation_steps=config.accumulation,
+        )
+        self.device, self.first = self.accelerator.device, self.accelerator.is_main_process
+        self.data = load(config)
+        self.state = State.fresh(config, self.device)
+        if resuming:
+            self.state.restore(folder)
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.state.model, self.state.optimizer
+        )
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self._parts = iter(batches(self.data, config, self.state.step, rank, processes))
+        self.log = Log(folder, self.state.step, config.steps, config.batch_size, not self.first)
+
+    def begin(self) -> None:
+        """Say what the run is, and write down its configuration."""
+        for path, reason in self.data.skipped:
+            self.log.note(f"skipped {path}: {reason}")
+        if self.data.skipped:
+            self.log.note(f"{len(self.data.skipped)} files skipped")
+        weights = sum(weight.numel() for weight in self.state.model.parameters())
+        going_on = f", going on after step {self.state.step}" if self.state.step else ""
+        self.log.note(
+            f"{len(self.data)} examples, {weights / 1e6:.2f} M weights, {self.device}, "
+            f"{self.accelerator.num_processes} processes{going_on}"
+        )
+        if self.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(dataclasses.asdict(self.config), self.folder / CONFIG)
+            files.write_json({"classes": self.data.classes}, self.folder / CLASSES)
+
+    def gradients(self) -> tuple[float, float]:
+        """The next batch's gradients, clipped; its loss and their norm, over all processes."""
+        config, accelerator = self.config, self.accelerator
+        total = torch.zeros((), device=self.device)
+        norm = torch.zeros(())
+        try:
+            for _ in range(config.accumulation):
+                batch = {name: value.to(self.device) for name, value in next(self._parts).items()}
+                with accelerator.accumulate(self.model):
+                    loss = batch_loss(self.model, batch, config.flow)
+                    accelerator.backward(loss)
+                    total += loss.detach() / config.accumulation
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise MemoryError(
+                f"step {self.state.step + 1}: a batch of {config.batch_size} examples of shape "
+                f"{config.shape} in {config.accumulation} parts does not fit into memory: raise "
+                "accumulation, or lower batch_size, data.frames or data.size"
+            ) from error
+        mean, length = float(accelerator.reduce(total, "mean")), float(norm)
+        if not (math.isfinite(mean) and math.isfinite(length)):
+            kept = f"{self.folder / STATE}" if (self.folder / STATE).exists() else "none yet"
+            raise DivergedError(
+                f"step {self.state.step + 1}: loss {mean}, gradient norm {length}; the last "
+                f"checkpoint is kept: {kept}. A lower learning_rate or clip may help"
+            )
+        return mean, length
+
+    def update(self) -> None:
+        """One step of the optimizer with these gradients, and of the averaged weights."""
+        warm = min(1.0, (self.state.step + 1) / max(1, self.config.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * warm
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.ema.update_parameters(self.state.model)
+        self.state.step += 1
+
+    def any_process(self, value: bool) -> bool:
+        """Whether it is so in one of the processes: all of them go on or stop together."""
+        flag = torch.tensor(float(value), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def save(self) -> None:
+        if not self.first:
+            return
+        try:
+            self.state.save(self.folder)
+        except OSError as error:
+            raise OSError(
+                f"step {self.state.step}: cannot save the checkpoint, the one before is kept: "
+                f"{error}"
+            ) from error
+
+    def show(self) -> None:
+        """Draw pictures with the averaged weights."""
+        if not self.first:
+            return
+        conditions = examples(self.data, self.config)
+        pictures = draw(self.state.ema.module, self.config, conditions, device=self.device)
+        names = name_conditions(conditions, self.data.classes)
+        path = self.folder / "samples" / f"step-{self.state.step:07}"
+        path = save_grid(pictures, names, path)
+        self.log.picture(self.state.step, path, grid(still(pictures), names))
+
+
+def batch_loss(model: nn.Module, batch: dict[str, Tensor], objective: flow.Objective) -> Tensor:
+    """The loss of a batch as `data.batches` gives it."""
+    pixels, noise, timestep = (batch[name] for name in ("pixels", "noise", "timestep"))
+    condition = {name: batch[name] for name in batch.keys() - {"pixels", "noise", "timestep"}}
+    noisy, target = objective.corrupt(pixels.float() / 127.5 - 1, noise, timestep)
+    return flow.loss(model(noisy, timestep, **condition), target)

@@ -1,0 +1,510 @@
+"""Text to image, video and views through diffusers, offline, on tiny components."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from ptattn import checkpoint  # noqa: E402
+from ptattn.flow import FLOW, V, resolution_shift, sample  # noqa: E402
+from ptattn.models import ModelConfig  # noqa: E402
+from ptattn.pipelines import (  # noqa: E402
+    PTDiTPipeline,
+    PTDiTTransformer,
+    compression,
+    decode,
+    encode,
+)
+
+WORDS = ["a", "red", "green", "blue", "cat", "dog", "teapot", "on", "the", "table", "at", "dusk"]
+WIDTH = 16  # of the text encoder
+IMAGE = dict(height=16, width=24, num_inference_steps=2, output_type="np", max_sequence_length=8)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    def connect(*args):
+        raise AssertionError(f"a pipeline of local files opened a connection: {args}")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+
+
+def tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(c, -9.0) for c in "abcdefghijklmnopqrstu"]
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def text_encoder():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def transformer(**sizes):
+    sizes = dict(dim=32, num_heads=2, depth=1, caption_channels=WIDTH, window=(2, 3)) | sizes
+    model = PTDiTTransformer(**sizes)
+    for name, parameter in model.named_parameters():  # what starts at zero would hide all else
+        if "zero" in name or "proj" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def image_vae(**changes):
+    """Halves the sides."""
+    settings = dict(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
+    return diffusers.AutoencoderKL(**settings | changes).eval()
+
+
+def video_vae():
+    """A quarter of each side, and one latent frame for every four after the first."""
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.0, 0.5, 1.5],
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
+    ).eval()
+
+
+def pipeline(**components):
+    made = dict(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer)
+    made |= dict(vae=image_vae, scheduler=FLOW.scheduler)
+    pipe = PTDiTPipeline(**{name: components.get(name) or make() for name, make in made.items()})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def images():
+    torch.manual_seed(0)
+    return pipeline()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# The component
+
+
+def test_the_signature_is_the_configuration_s():
+    own = list(inspect.signature(PTDiTTransformer).parameters.values())
+    assert own == list(inspect.signature(ModelConfig).parameters.values())
+
+
+def test_the_component_and_the_checkpoint_read_each_other_s_folders(tmp_path):
+    model = transformer(window=(2, 3), proxy_window=(1, 1, 3))
+    model.save_pretrained(tmp_path / "theirs")
+    checkpoint.save_model(model, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        for back in (
+            checkpoint.load_model(tmp_path / folder),
+            PTDiTTransformer.from_pretrained(tmp_path / folder),
+        ):
+            assert back.config == model.config
+            states = back.state_dict(), model.state_dict()
+            torch.testing.assert_close(*states, rtol=0, atol=0)
+    half = PTDiTTransformer.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path):
+    transformer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="caption"):
+        PTDiTTransformer.from_pretrained(tmp_path, caption_channels=8, low_cpu_mem_usage=True)
+
+
+# Autoencoders
+
+
+def test_images_are_coded_frame_by_frame():
+    vae = image_vae()
+    assert compression(vae) == (1, 2)
+    pixels = torch.rand(2, 3, 3, 8, 12) * 2 - 1
+    with torch.no_grad():
+        latents = encode(vae, pixels, seeded())
+        first = vae.encode(pixels[:, :, 0]).latent_dist.sample(seeded())
+        video = decode(vae, latents)
+        assert latents.shape == (2, 4, 3, 4, 6)
+        assert video.shape == pixels.shape
+        torch.testing.assert_close(latents[:, :, 0], first * 0.5)
+        torch.testing.assert_close(video[:, :, 0], vae.decode(first).sample)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ),
+        lambda: diffusers.AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+        ),
+    ],
+    ids=["tiny", "dc"],
+)
+def test_autoencoders_without_a_distribution(make):
+    vae = make().eval()
+    pixels = torch.rand(2, 3, 2, 8, 12)
+    with torch.no_grad():
+        latents = encode(vae, pixels)
+        assert latents.shape == (2, 4, 2, 4, 6)
+        assert decode(vae, latents).shape == pixels.shape
+
+
+def test_an_autoencoder_that_does_not_say_is_named():
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLTemporalDecoder()  # wants num_frames, too
+    with pytest.raises(ValueError, match="AutoencoderKLTemporalDecoder does not say how much"):
+        compression(vae)
+
+
+def test_videos_are_coded_whole():
+    vae = video_vae()
+    assert compression(vae) == (4, 4)
+    pixels = torch.rand(2, 3, 5, 8, 12) * 2 - 1
+    mean, std = (
+        torch.tensor(vae.config[f"latents_{name}"])[:, None, None, None] for name in ("mean", "std")
+    )
+    with torch.no_grad():
+        latents = encode(vae, pixels, seeded())
+        raw = vae.encode(pixels).latent_dist.sample(seeded())
+        video = decode(vae, latents)
+        assert latents.shape == (2, 4, 2, 2, 3)
+        assert video.shape == pixels.shape
+        torch.testing.assert_close(latents, (raw - mean) / std)
+        torch.testing.assert_close(video, vae.decode(raw).sample)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale", "shift"),
+    [
+        (dict(scaling_factor=0.5, shift_factor=0.25), 2, 0.25),
+        (dict(latents_mean=(1, 2, 3, 4), latents_std=(2, 2, 2, 2), scaling_factor=0.5), 4, None),
+    ],
+    ids=["shift", "mean"],
+)
+def test_every_name_of_the_normalisation_is_known(changes, scale, shift):
+    vae = image_vae(**changes)
+    latents = torch.randn(1, 4, 1, 2, 3)
+    mean = torch.tensor([1.0, 2, 3, 4])[:, None, None] if shift is None else shift
+    with torch.no_grad():
+        expected = vae.decode(latents[:, :, 0] * scale + mean).sample
+        torch.testing.assert_close(decode(vae, latents)[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "factors"),
+    [
+        (lambda: diffusers.AutoencoderKL(block_out_channels=(32,) * 1), (1, 1)),
+        (lambda: diffusers.AutoencoderKL.from_config(dict(block_out_channels=(32,) * 4)), (1, 8)),
+        (diffusers.AutoencoderKLCogVideoX, (4, 8)),
+        (diffusers.AutoencoderKLWan, (4, 8)),
+        (diffusers.AutoencoderKLLTXVideo, (8, 32)),
+        (diffusers.AutoencoderTiny, (1, 8)),
+    ],
+    ids=["kl-1", "kl-8", "cogvideox", "wan", "ltx", "tiny"],
+)
+def test_the_compression_of_known_autoencoders(make, factors):
+    with torch.device("meta"):
+        assert compression(make()) == factors
+
+
+# The pipeline
+
+
+def test_one_seed_makes_one_picture(images):
+    prompts = ["a red cat", "the green dog at dusk"]
+    first, again, other = (
+        images(prompts, generator=seeded(seed), **IMAGE).images for seed in (0, 0, 1)
+    )
+    assert first.shape == (2, 16, 24, 3)
+    assert (first == again).all()
+    assert (first != other).any()
+    alone = images(prompts[1], generator=[seeded(7)], **IMAGE).images
+    pair = images(prompts, generator=[seeded(3), seeded(7)], **IMAGE).images
+    torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(pair[1]))
+
+
+def test_it_is_the_sampler_of_training(images):
+    noise = torch.randn(4, 4, 1, 8, 12)
+    prompts, negatives = ["a red cat", "the green dog"], ["blue", "dusk"]
+    calls = dict(height=16, width=24, latents=noise, max_sequence_length=8, output_type="latent")
+    ours = images(prompts, negatives, num_images_per_prompt=2, **calls)
+    condition, null = (  # the images of one prompt follow one another
+        images.encode_prompt([texts[0], texts[0], texts[1], texts[1]], 8)
+        for texts in (prompts, negatives)
+    )
+    theirs = sample(images.transformer, noise, condition, null, shift=resolution_shift(64, 96))
+    torch.testing.assert_close(ours.images, theirs[:, :, 0])
+    assert len(images.scheduler.timesteps) == FLOW.steps == 30
+    assert images.guidance_scale == FLOW.guidance == 4
+
+
+def test_prompts_guidance_and_negatives_matter(images):
+    def draw(*texts, **changes):
+        return images(*texts, generator=seeded(), **IMAGE | changes).images
+
+    plain = draw("a red cat")
+    assert (plain != draw("a blue cat")).any()
+    assert (plain != draw("a red cat", "blue")).any()
+    assert (plain != draw("a red cat", guidance_scale=2)).any()
+    alone = draw("a red cat", guidance_scale=1)
+    assert (alone == draw("a red cat", "blue", guidance_scale=1)).all()
+
+
+def test_captions_are_padded_masked_and_cut(images, caplog):
+    with torch.no_grad():
+        short = images.encode_prompt(["a red cat"], 4)
+        long = images.encode_prompt(["a red cat"], 9)
+    assert short["caption_mask"].tolist() == [[True] * 4]
+    assert long["caption_mask"].tolist() == [[True] * 4 + [False] * 5]
+    torch.testing.assert_close(short["caption"], long["caption"][:, :4])
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    images.encode_prompt(["a red cat on the table"], 4)
+    logger.removeHandler(caplog.handler)
+    assert "cut to 4 tokens of 7: 'a red cat on the table'" in caplog.text
+
+
+def test_the_padding_of_a_caption_does_not_matter(images):
+    first, second = (
+        images("a red cat", generator=seeded(), **IMAGE | dict(max_sequence_length=length)).images
+        for length in (5, 20)
+    )
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(second))
+
+
+@pytest.mark.parametrize(
+    ("vae", "frames", "latent"),
+    [(image_vae, 3, (3, 8, 12)), (video_vae, 5, (2, 4, 6)), (video_vae, 1, (1, 4, 6))],
+    ids=["views", "video", "one frame"],
+)
+def test_videos_and_views(vae, frames, latent):
+    pipe = pipeline(vae=vae(), transformer=transformer(window=(2, 2, 3)))
+    calls = IMAGE | dict(num_frames=frames, num_images_per_prompt=2)
+    video = pipe("a teapot", generator=seeded(), **calls).frames
+    assert video.shape == (2, frames, 16, 24, 3)
+    again = pipe("a teapot", generator=seeded(), **calls).frames
+    assert (video == again).all()
+    latents = pipe("a teapot", generator=seeded(), **calls | dict(output_type="latent")).frames
+    assert latents.shape == (2, 4, *latent)
+    with torch.no_grad():
+        decoded = decode(pipe.vae, latents) / 2 + 0.5
+    torch.testing.assert_close(torch.tensor(video), decoded.clamp(0, 1).permute(0, 2, 3, 4, 1))
+    shown = pipe("a teapot", **calls | dict(output_type="pil")).frames
+    assert [len(one) for one in shown] == [frames] * 2
+    assert shown[0][0].size == (24, 16)
+
+
+def test_an_image_of_a_video_autoencoder():
+    pipe = pipeline(vae=video_vae())
+    (image,) = pipe("a cat", **IMAGE | dict(output_type="pil")).images
+    assert image.size == (24, 16)
+
+
+def test_a_folder_holds_all(tmp_path, images):
+    images.save_pretrained(tmp_path)
+    assert (tmp_path / "transformer" / checkpoint.WEIGHTS_FILE).is_file()
+    assert type(checkpoint.load_model(tmp_path / "transformer")).__name__ == "PTDiT"
+    pipe = PTDiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    first, second = (p(["a red cat"], generator=seeded(5), **IMAGE).images for p in (images, pipe))
+    assert (first == second).all()
+
+
+def test_a_whole_pipeline_in_bfloat16(tmp_path, images):
+    images.save_pretrained(tmp_path)
+    pipe = PTDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.transformer.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {torch.bfloat16}
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].dtype)
+
+    image = pipe("a cat", generator=seeded(), callback_on_step_end=callback, **IMAGE).images
+    assert seen == [torch.float32] * 2
+    full = images("a cat", generator=seeded(), **IMAGE).images
+    assert 0 < abs(image - full).max() < 0.1
+
+
+def test_v_prediction_is_told_by_the_scheduler():
+    pipe = pipeline(scheduler=V.scheduler())
+    assert pipe.objective is V
+    noise = torch.randn(1, 4, 1, 8, 12)
+    options = IMAGE | dict(latents=noise, output_type="latent")
+    ours = pipe("a red cat", **options).images
+    condition, null = (pipe.encode_prompt([text], 8) for text in ("a red cat", ""))
+    theirs = sample(pipe.transformer, noise, condition, null, objective=V, steps=2)
+    torch.testing.assert_close(ours, theirs[:, :, 0])
+    assert pipe.guidance_scale == V.guidance
+
+
+def test_callbacks_see_change_and_stop(images):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), sorted(tensors), pipe.guidance_scale))
+        pipe._guidance_scale = 1
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else None
+
+    options = IMAGE | dict(output_type="latent", num_inference_steps=3)
+    result = images("a cat", callback_on_step_end=watch, **options).images
+    assert [step for step, *_ in seen] == [0, 1, 2]
+    assert [guidance for *_, guidance in seen] == [4, 1, 1]
+    assert seen[0][1:3] == (1000, ["latents"])
+    assert not result.any()
+
+    def stop(pipe, step, timestep, tensors):
+        seen.append(step)
+        pipe._interrupt = step == 1
+
+    seen.clear()
+    images("a cat", callback_on_step_end=stop, **options)
+    assert seen == [0, 1]
+    assert images.interrupt
+
+
+def test_progress_is_shown(images, capsys):
+    images.set_progress_bar_config()
+    images("a cat", **IMAGE)
+    images.set_progress_bar_config(disable=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_results_come_as_asked(images):
+    (tensor,) = images("a cat", return_dict=False, **IMAGE | dict(output_type="pt"))
+    assert tensor.shape == (1, 3, 16, 24)
+    assert 0 <= tensor.min() < tensor.max() <= 1
+
+
+def test_models_can_be_offloaded():
+    """The hooks are there, in order, and every model is called through them; the CPU stands for the
+    accelerator."""
+    pytest.importorskip("accelerate")
+    pipe = pipeline()
+    plain = pipe("a cat", generator=seeded(), **IMAGE).images
+    pipe.enable_model_cpu_offload(device="cpu")
+    calls = []
+    for hook, name in zip(pipe._all_hooks, ("text_encoder", "transformer", "vae"), strict=True):
+        assert hook.model is getattr(pipe, name)
+        before = hook.hook.pre_forward
+
+        def pre_forward(*args, name=name, before=before, **kwargs):
+            calls.append(name)
+            return before(*args, **kwargs)
+
+        hook.hook.pre_forward = pre_forward
+    assert (pipe("a cat", generator=seeded(), **IMAGE).images == plain).all()
+    assert list(dict.fromkeys(calls)) == ["text_encoder", "transformer", "vae"]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(height=17), "height and width must be multiples of 4; got 17, 24"),
+        (dict(width=0), "width must be a positive integer; got 0"),
+        (dict(num_frames=True), "num_frames must be a positive integer; got True"),
+        (dict(num_inference_steps=0), "num_inference_steps must be a positive integer; got 0"),
+        (dict(num_images_per_prompt=1.5), "num_images_per_prompt must be a positive integer"),
+        (dict(max_sequence_length=0), "max_sequence_length must be a positive integer"),
+        (dict(output_type="gif"), "output_type: 'gif' not in pil, np, pt, latent"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "'noise' not in latents"),
+        (dict(latents=torch.zeros(1, 4, 8, 12)), r"shape \(1, 4, 1, 8, 12\); got \(1, 4, 8, 12\)"),
+        (dict(generator=[seeded()] * 2), "generator must be one or 1; got 2"),
+        (dict(negative_prompt=["a", "b"]), "negative_prompt one for each; got 1 and 2"),
+        (dict(prompt=[]), "prompt must hold at least one text"),
+    ],
+    ids=lambda part: "-".join(part) if isinstance(part, dict) else "",  # not by tensors' contents
+)
+def test_arguments_that_do_not_fit_are_named(images, changes, message):
+    with pytest.raises(ValueError, match=message):
+        images(**dict(prompt="a cat") | IMAGE | changes)
+
+
+def test_prompts_are_texts(images):
+    with pytest.raises(TypeError, match="prompt must be a string or a list of strings; got 3"):
+        images(3, **IMAGE)
+    with pytest.raises(TypeError, match=r"negative_prompt must be .*; got \[None\]"):
+        images("a cat", [None], **IMAGE)
+
+
+def test_frames_that_the_autoencoder_cannot_make():
+    with pytest.raises(ValueError, match="num_frames must be 1 more than a multiple of 4; got 4"):
+        pipeline(vae=video_vae())("a cat", num_frames=4, **IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        (lambda: dict(transformer=transformer(caption_channels=8)), "caption_channels 8, but text"),
+        (lambda: dict(transformer=transformer(in_channels=3)), "in_channels 3, but vae has 4"),
+        (
+            lambda: dict(transformer=transformer(caption_channels=None, num_classes=3)),
+            "caption_channels None, but text_encoder has width 16",
+        ),
+        (lambda: dict(scheduler=diffusers.DDPMScheduler()), "scheduler must be set as ptattn.flow"),
+        (
+            lambda: dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
+            "scheduler must be set as ptattn.flow",
+        ),
+    ],
+    ids=["caption", "latent", "class", "ddpm", "shifted"],
+)
+def test_components_that_do_not_fit_are_named(components, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**components())
+
+
+def test_missing_components_are_named(images):
+    parts = dict(images.components) | dict(vae=None, tokenizer=None)
+    with pytest.raises(ValueError, match=r"missing: \['tokenizer', 'vae'\]"):
+        PTDiTPipeline(**parts)
+
+
+def test_exchanged_components_are_checked_too():
+    pipe = pipeline()
+    pipe.scheduler = diffusers.DDPMScheduler()
+    with pytest.raises(ValueError, match="scheduler must be set as"):
+        pipe("a cat", **IMAGE)
