@@ -29,6 +29,7 @@ from ptattn.bench.floor import FORWARD, TASKS
 from ptattn.bench.harness import Bench, Measurable
 from ptattn.bench.op_run import Measured
 from ptattn.bench.result import Result, Row
+from ptattn.command_line import now, open_folder
 from ptattn.compare.cases import Size
 from ptattn.compare.worker import Settings
 
@@ -94,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not select([*kernels(args.quick), *models(args.quick)], args.only):
         print(f"no case matches {args.only!r}", file=sys.stderr)
         return 2
-    session.open_folder(args.out)
+    open_folder(args.out)
     clock = timing.GpuClock()
     rates = timing.rates(clock, "cuda")
     torch.cuda.empty_cache()
     typed = shlex.join(["python", "-m", "benchmarks.gpu", *argv])
-    done = Result("gpu", asdict(SETTINGS), asdict(rates), typed, command.now())
+    done = Result("gpu", asdict(SETTINGS), asdict(rates), typed, now())
     seconds = 0.05 if args.quick else 0.3
     bench = Bench(clock, rates, "cuda", "triton", deadline, seconds=seconds,
                   compiled=not args.quick)  # fmt: skip

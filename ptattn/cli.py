@@ -13,7 +13,8 @@ import torch
 
 from . import __version__, backends, convert, environment, flops
 from .bench import command as bench
-from .compare import UsageError, cases, compare
+from .command_line import UsageError, count, number
+from .compare import cases, compare
 from .compare.cases import Size
 from .compare.worker import DTYPES
 from .models import get_config, list_models
@@ -85,9 +86,9 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--backend", "of the attention; full attention runs on sdpa beside triton "
         "(default: %(default)s, triton on a GPU)",
         choices=backends.CHOICES, default="auto")  # fmt: skip
-    add("--threads", "CPU threads (default: torch's own choice)", type=_positive, metavar="N")
+    add("--threads", "CPU threads (default: torch's own choice)", type=count, metavar="N")
     add("--budget", "time to measure in (default: %(default)s)",
-        type=_seconds, metavar="SECONDS", default=150.0)  # fmt: skip
+        type=number, metavar="SECONDS", default=150.0)  # fmt: skip
     add("--out", "where the results are written (default: %(default)s)",
         metavar="FOLDER", default="results/compare")  # fmt: skip
     parser.set_defaults(run=_compare)
@@ -99,8 +100,8 @@ def _add_flops(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("model", metavar="MODEL", choices=list_models(), help=", ".join(list_models()))
     add("resolution", metavar="RESOLUTION", type=_resolution, help="pixels: SIDE or HEIGHTxWIDTH")
-    add("--frames", type=_positive, default=1, help="latent frames (default: %(default)s)")
-    add("--text-tokens", type=_positive, metavar="TOKENS",
+    add("--frames", type=count, default=1, help="latent frames (default: %(default)s)")
+    add("--text-tokens", type=count, metavar="TOKENS",
         help=f"length of the caption (default: {cases.TEXT_TOKENS})")  # fmt: skip
     parser.set_defaults(run=_flops)
 
@@ -194,19 +195,3 @@ def _step() -> int:
     """Pixels a side per token, the same for every published model."""
     (step,) = {flops.VAE_FACTOR * get_config(name).patch_size for name in list_models()}
     return step
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds; got {text!r}")
-    return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, files
-from .compare import UsageError
+from .command_line import UsageError
 from .models import PTDiT, get_config
 
 RELEASED = "qihoo-t2i"

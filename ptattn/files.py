@@ -37,6 +37,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write(content: str | bytes, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError where it holds anything else."""
     try:
@@ -49,8 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

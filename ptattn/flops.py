@@ -25,6 +25,7 @@ from torch import nn
 from .geometry import Triple, WindowGrid
 from .models import DiT, ModelConfig, PixArt, PTDiT, find_model
 from .models.blocks import TimestepEmbed
+from .models.configs import check_positive, is_positive
 
 VAE_FACTOR = 8  # image pixels per latent pixel
 LARGEST = 8192  # pixels a side that `crossover` looks up to
@@ -94,7 +95,7 @@ def count(
     family, config = _find(model)
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}")
-    _check_positive("text_tokens", text_tokens)
+    check_positive("text_tokens", text_tokens)
     grid = token_grid(config, resolution, frames)
     tokens = math.prod(grid)
     if family is PTDiT:
@@ -109,10 +110,10 @@ def count(
 
 def token_grid(config: ModelConfig, resolution: int | Sequence[int], frames: int = 1) -> Triple:
     """The tokens (f, h, w) of an image or video: one per 8 · patch_size pixels and latent frame."""
-    _check_positive("frames", frames)
+    check_positive("frames", frames)
     size = resolution if isinstance(resolution, Sequence) else (resolution, resolution)
     step = VAE_FACTOR * config.patch_size
-    if len(size) != 2 or not all(_is_positive(pixels) and pixels % step == 0 for pixels in size):
+    if len(size) != 2 or not all(is_positive(pixels) and pixels % step == 0 for pixels in size):
         raise ValueError(
             f"resolution must be a side or (height, width), positive multiples of {step} pixels; "
             f"got {resolution!r}"
@@ -245,12 +246,3 @@ def _find(model: str | nn.Module) -> tuple[type[Model], ModelConfig]:
     if isinstance(model, str):
         return find_model(model)
     raise TypeError(f"model must be a name, or a PTDiT, DiT or PixArt; got {type(model).__name__}")
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not _is_positive(value):
-        raise ValueError(f"{name} must be an integer >= 1; got {value!r}")

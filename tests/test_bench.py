@@ -310,7 +310,7 @@ def test_a_file_that_cannot_be_compared_with_is_found_out_first(
         ("bench block --tasks backward", "backward"),
         ("bench model --depth 0", "positive integer"),
         ("bench ops --only (", "regular expression"),
-        ("bench ops --seconds never", "positive number of seconds"),
+        ("bench ops --seconds never", "positive number"),
         ("bench predict --device abacus", "abacus"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ptattn import environment
+from ptattn import environment, files
 from ptattn.compare import cases, findings, plots, report, runner, tables, worker
 from ptattn.compare.cases import Block, Entry, Size
 from ptattn.compare.runner import Outcome, Result
@@ -310,11 +310,11 @@ def test_json_round_trip_gives_the_same_report() -> None:
 
 def test_write_leaves_the_old_file_where_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    report.write(path, "old")
+    files.write("old", path)
     with pytest.raises(TypeError):
-        report.write(path, 3)  # type: ignore[arg-type]
+        files.write(3, path)  # type: ignore[arg-type]
     assert path.read_text() == "old"
-    report.write(path, "new")
+    files.write("new", path)
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
 

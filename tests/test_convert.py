@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptattn import checkpoint, convert, files
-from ptattn.compare import UsageError
+from ptattn.command_line import UsageError
 from ptattn.models import create_model
 
 from .test_golden import FILES, read

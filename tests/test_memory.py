@@ -10,7 +10,7 @@ import torch
 
 from ptattn import paper
 from ptattn.bench import memory
-from ptattn.compare import UsageError
+from ptattn.command_line import UsageError
 
 CODE = """
 import resource, sys, torch, ptattn

@@ -174,6 +174,10 @@ def test_bad_names_and_overrides():
         ModelConfig(1, 40, 2)
     with pytest.raises(ValueError, match="exactly one of caption_channels"):
         ModelConfig(1, 32, 2, num_classes=10)
+    for wrong in (dict(depth=0), dict(num_heads="2"), dict(patch_size=True), dict(num_classes=0)):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
+            ModelConfig(**{"depth": 1, "dim": 32, "num_heads": 2, **wrong})
     with pytest.raises(ValueError, match="backend must be one of reference, sdpa"):
         create_model("pt-dit-b", backend="cuda", depth=1)
 

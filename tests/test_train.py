@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ptattn import files, flow
-from ptattn.compare import UsageError
+from ptattn.command_line import UsageError
 from ptattn.train import config as configs
 
 pytest.importorskip("accelerate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import re
 import time
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from .. import backends, flops
-from ..compare import UsageError, cases, require, settings_of
+from ..command_line import UsageError, count, now, number, open_folder, require
+from ..compare import cases, settings_of
 from ..compare.cases import Size
 from ..compare.worker import DTYPES, Settings
 from ..models import get_config, list_models
@@ -55,11 +55,11 @@ def add_parser(commands: Commands) -> None:
         _add_table(own, models, [Size(side) for side in sizes])
         own.add_argument("--tasks", nargs="+", choices=TASKS, default=[FORWARD],
                          help="default: forward")  # fmt: skip
-        own.add_argument("--batch", type=_positive, default=1, help="default: %(default)s")
+        own.add_argument("--batch", type=count, default=1, help="default: %(default)s")
         own.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
         _add_measuring(own, budget)
         own.set_defaults(depth=None)
-    own.add_argument("--depth", type=_positive, metavar="BLOCKS",
+    own.add_argument("--depth", type=count, metavar="BLOCKS",
                      help="of every model (default: its own)")  # fmt: skip
     memory.add_parser(kinds)
     own = _add(
@@ -99,10 +99,10 @@ def _add_measuring(parser: argparse.ArgumentParser, budget: float) -> None:
     add(
         "--backend", choices=backends.CHOICES, default="auto", help="of ours (default: %(default)s)"
     )
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own choice)")
-    add("--seconds", type=_seconds, help="for a task at a size, all contenders together "
+    add("--threads", type=count, metavar="N", help="CPU threads (default: torch's own choice)")
+    add("--seconds", type=number, help="for a task at a size, all contenders together "
         f"(default: {SECONDS['cuda']} on a GPU, {SECONDS['cpu']:.0f} on the CPU)")  # fmt: skip
-    add("--budget", type=_seconds, metavar="SECONDS", default=budget,
+    add("--budget", type=number, metavar="SECONDS", default=budget,
         help="after which no case begins (default: %(default)s)")  # fmt: skip
     parser.set_defaults(dtype="bf16")
 
@@ -142,7 +142,7 @@ def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
 
     settings = settings_of(options)
     earlier = None if options.against is None else result.load(options.against)
-    session.open_folder(options.out)
+    open_folder(options.out)
     torch.manual_seed(0)
     known = {**dataclasses.asdict(settings), "budget": options.budget}
     done = Result(options.kind, known, {}, command, now())
@@ -165,7 +165,7 @@ def _predict(options: argparse.Namespace, command: str) -> int:
     device = predict.DEVICES[options.device]
     settings = Settings("cuda", "bf16", "triton")
     earlier = None if options.against is None else result.load(options.against)
-    session.open_folder(options.out)
+    open_folder(options.out)
     known = {**dataclasses.asdict(settings), "predicted_for": device.name}
     done = Result("predict", known, dataclasses.asdict(device.rates), command, now())
     chosen = options.models, options.sizes
@@ -173,10 +173,6 @@ def _predict(options: argparse.Namespace, command: str) -> int:
     models = model_cases("model", *chosen, TASKS, settings)
     rows = predict.rows([*models, *blocks], device)
     return session.carry_out(done, [rows], options.out, earlier, predict.notes(device))
-
-
-def now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _size(text: str) -> Size:
@@ -190,22 +186,6 @@ def _size(text: str) -> Size:
             f"expected SIDE or FRAMESxSIDE, got {text!r}: {error}"
         ) from None
     return size
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds; got {text!r}")
-    return value
 
 
 def _pattern(text: str) -> re.Pattern[str]:

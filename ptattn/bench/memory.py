@@ -8,13 +8,11 @@ ten MB), the allocator's rounding and the CUDA context.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import textwrap
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .. import backends, environment
-from ..compare import UsageError
+from .. import backends, environment, files
+from ..command_line import UsageError, count, now, open_folder
 from ..compare.cases import TEXT_TOKENS
-from ..compare.report import check_writable, write
 from ..flops import VAE_FACTOR, token_grid
 from ..models import PTDiT, create_model, find_model, get_config, list_models
 from ..paper import TRAINING_MEMORY
@@ -156,21 +153,21 @@ def rows(models: Sequence[str], frames: Sequence[int]) -> list[Row]:
     from rich.console import Console
     from rich.progress import track
 
-    cases = [(model, count, kept) for model in models for count in frames for kept in KEPT]
+    cases = [(model, length, kept) for model in models for length in frames for kept in KEPT]
     found = []
-    for model, count, kept in track(
+    for model, length, kept in track(
         cases, "Predicting", console=Console(stderr=True), transient=True
     ):
-        parameters, live = predict(model, count, kept)
-        printed = TRAINING_MEMORY.get(model, {}).get(count)
+        parameters, live = predict(model, length, kept)
+        printed = TRAINING_MEMORY.get(model, {}).get(length)
         for name, recipe in RECIPES.items():
             fixed = parameters * (4 + recipe.state)
             peak = max(fixed - 2 * parameters + live, fixed + recipe.step * parameters)
             fits = torch.cuda.is_available() and peak < torch.cuda.mem_get_info()[0]
-            measured = measure(model, count, kept, recipe) if fits else None
-            tokens = math.prod(token_grid(get_config(model), SIDE, count))
+            measured = measure(model, length, kept, recipe) if fits else None
+            tokens = math.prod(token_grid(get_config(model), SIDE, length))
             found.append(
-                Row(model, count, tokens, name, kept, fixed, peak, measured,
+                Row(model, length, tokens, name, kept, fixed, peak, measured,
                     None if printed is None else printed * 1e9)
             )  # fmt: skip
     return found
@@ -187,17 +184,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--models", nargs="+", metavar="MODEL", choices=choices,
                         default=list(TRAINING_MEMORY), help=f"of {', '.join(choices)} "
                         f"(default: {' '.join(TRAINING_MEMORY)})")  # fmt: skip
-    parser.add_argument("--frames", nargs="+", metavar="N", type=positive, default=FRAMES,
+    parser.add_argument("--frames", nargs="+", metavar="N", type=count, default=FRAMES,
                         help=f"latent frames (default: {' '.join(map(str, FRAMES))})")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("results/memory"),
                         help="where the results are written (default: %(default)s)")  # fmt: skip
     parser.set_defaults(run=run)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
-    return int(text)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
@@ -208,27 +199,24 @@ def run(options: argparse.Namespace, command: str) -> int:
 
     if reasons := backends.reasons_against("triton", torch.empty(1, device="meta")):
         raise UsageError(f"the triton backend is what is predicted, and {'; '.join(reasons)}")
-    try:
-        check_writable(options.out)
-    except OSError as error:
-        raise UsageError(f"argument --out: {error}") from None
+    open_folder(options.out)
     found = rows(options.models, options.frames)
     head, lines = table(found)
     report = {
         "schema": SCHEMA,
         "kind": "memory",
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "environment": environment.describe(),
         "recipes": {name: recipe.about for name, recipe in RECIPES.items()},
         "rows": [asdict(row) for row in found],
     }
-    write(options.out / "memory.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    files.write_json(report, options.out / "memory.json")
     cells = [head, ["---:"] * len(head), *lines]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in cells)
     notes = "\n".join(f"- {note}" for note in NOTES)
     text = f"# {TITLE}\n\nMade by `{command}`.\n\n{markdown}\n\n{notes}"
-    write(options.out / "memory.md", text + "\n")
+    files.write(text + "\n", options.out / "memory.md")
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in head:
         shown.add_column(title, justify="right", overflow="fold")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import environment
-from ..compare import UsageError
+from ..command_line import UsageError
 from .timing import Timing
 
 SCHEMA = "ptattn.bench/1"

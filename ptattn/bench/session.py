@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from rich.console import Console
-
-from ..compare import UsageError
-from ..compare.report import write
+from .. import files
+from ..command_line import UsageError, console
 from . import plots, result, tables, targets
 from .result import NOT_REACHED, Result, Row
 
 WRITE_EVERY = 30.0  # seconds: what a run leaves behind that is killed
-
-
-def open_folder(out: Path) -> None:
-    """Make the folder; raise UsageError if it cannot be written to. Changes no file."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"argument --out: cannot write to {out}: {error}") from None
 
 
 def carry_out(
@@ -60,9 +46,7 @@ def carry_out(
     finally:
         done.verdicts = targets.verdicts(done)
         drawn = _write(done, out, notes)
-    # A file or a pipe has no width of its own, and is best read whole.
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    tables.show(done, Console(width=None if known else 160), notes)
+    tables.show(done, console(), notes)
     print(f"Written to {out}/ ({done.kind}.json, .md" + (", .png)." if drawn else ")."))
     slower = 0 if against is None else _compare(against, done)
     return 130 if interrupted else max(slower, result.status(done.rows))
@@ -85,12 +69,12 @@ def _write(done: Result, out: Path, notes: Sequence[str]) -> bool:
     text, picture = tables.markdown(done, notes), plots.crossover(done)
     if picture:
         text += f"\n![Forward time against tokens]({done.kind}.png)\n"
-        write(out / f"{done.kind}.png", picture)
+        files.write(picture, out / f"{done.kind}.png")
     else:  # that of an earlier run would contradict the table
         with suppress(FileNotFoundError):
             (out / f"{done.kind}.png").unlink()
-    write(out / f"{done.kind}.json", done.to_json())
-    write(out / f"{done.kind}.md", text)
+    files.write(done.to_json(), out / f"{done.kind}.json")
+    files.write(text, out / f"{done.kind}.md")
     return picture is not None
 
 

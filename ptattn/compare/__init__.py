@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib
-import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from .. import backends, environment
+from .. import backends, environment, files
+from ..command_line import UsageError, console, now, open_folder, require
 from . import cases, findings, report, runner
 from .worker import DTYPES, Settings
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done here; the message says why."""
 
 
 def compare(options: argparse.Namespace, command: str) -> int:
@@ -42,10 +35,7 @@ def compare(options: argparse.Namespace, command: str) -> int:
 
     settings = settings_of(options)
     out = Path(options.out)
-    try:
-        report.check_writable(out)
-    except OSError as error:
-        raise UsageError(f"argument --out: cannot write to {options.out}: {error}") from None
+    open_folder(out, report.FILES)
     begin, known = time.monotonic(), environment.describe()  # while the load is that of others
     entries = cases.plan(options.models, [*options.sizes, *options.video])
     with Progress(len({entry.block for entry in entries})) as progress:
@@ -61,7 +51,7 @@ def compare(options: argparse.Namespace, command: str) -> int:
         environment=known,
         settings={**dataclasses.asdict(settings), "budget": options.budget},
         command=command,
-        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        date=now(),
         seconds=time.monotonic() - begin,
         interrupted=result.interrupted,
     )
@@ -70,14 +60,6 @@ def compare(options: argparse.Namespace, command: str) -> int:
     if failure is not None:
         raise UsageError(f"could not write to {options.out}: {failure}")
     return 130 if result.interrupted else 0
-
-
-def require(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UsageError(f"{error}; it comes with: pip install ptattn[bench]") from None
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -99,21 +81,16 @@ def _write(done: report.Report, out: Path) -> OSError | None:
     from . import plots, tables
 
     try:
-        report.write(out / "compare.json", done.to_json())
-        report.write(out / "compare.md", tables.markdown(done))
-        report.write(out / "gflops.png", plots.gflops(done))
-        report.write(out / "latency.png", plots.latency(done))
+        files.write(done.to_json(), out / "compare.json")
+        files.write(tables.markdown(done), out / "compare.md")
+        files.write(plots.gflops(done), out / "gflops.png")
+        files.write(plots.latency(done), out / "latency.png")
     except OSError as error:
         return error
     return None
 
 
 def _print(done: report.Report, out: str) -> None:
-    from rich.console import Console
-
     from . import tables
 
-    # A file or a pipe has no width of its own, and is best read whole.
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if known else 160)
-    tables.show(done, console, f"{out}/ ({', '.join(report.FILES)})")
+    tables.show(done, console(), f"{out}/ ({', '.join(report.FILES)})")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -145,28 +143,6 @@ class Report:
     def to_json(self) -> str:
         fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder; raise OSError if the results could not be written there. Changes no file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"{folder / name} is a folder")
-    probe = folder / f".{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _short(commit: str) -> str:

@@ -7,6 +7,21 @@ from dataclasses import dataclass
 
 from ..geometry import WindowGrid, default_window
 
+_COUNTS = (
+    "depth", "dim", "num_heads", "in_channels", "out_channels", "patch_size", "sample_size",
+    "caption_channels", "num_classes",
+)  # fmt: skip
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is an integer >= 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_positive(name: str, value: object) -> None:
+    if not is_positive(value):
+        raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -17,8 +32,7 @@ class ModelConfig:
         dim: channels D, a multiple of 16 and of num_heads.
         num_heads: attention heads.
         window: attention window in tokens, (pf, ph, pw) or (ph, pw); None follows the resolution as
-        in
-            the paper (`geometry.default_window`). PT-DiT only.
+            in the paper (`geometry.default_window`). PT-DiT only.
         proxy_window: the window averaged into one proxy; None is `window`. PT-DiT only.
         shift: whether the second window attention is shifted. PT-DiT only.
         in_channels, out_channels: latent channels; the first in_channels of the output are the
@@ -28,6 +42,9 @@ class ModelConfig:
             max(sample_size // 64, 1).
         caption_channels: width of the text encoder, for text-conditional models.
         num_classes: number of classes, for class-conditional models; one more is the null class.
+
+    Raises:
+        ValueError: a number that is not a positive integer, or sizes that do not fit each other.
     """
 
     depth: int
@@ -44,6 +61,10 @@ class ModelConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None or name not in ("caption_channels", "num_classes"):
+                check_positive(name, value)
         if (self.caption_channels is None) == (self.num_classes is None):
             raise ValueError(
                 "exactly one of caption_channels (text) and num_classes (classes) must be given; "

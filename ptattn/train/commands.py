@@ -13,7 +13,7 @@ import torch
 
 from .. import files
 from ..checkpoint import load_model
-from ..compare import UsageError
+from ..command_line import UsageError, count, number
 from . import config as configs
 from .config import Config
 from .state import CLASSES, MODEL, read_config
@@ -32,7 +32,7 @@ def add_parsers(commands: Any) -> None:
     train.add_argument(
         "--out", metavar="FOLDER", help="of the run (default: runs/ and the name of CONFIG)"
     )
-    train.add_argument("--minutes", metavar="MINUTES", type=_positive, help="stop after that long")
+    train.add_argument("--minutes", metavar="MINUTES", type=number, help="stop after that long")
     train.set_defaults(run=_train)
 
     sample = commands.add_parser(
@@ -45,8 +45,8 @@ def add_parsers(commands: Any) -> None:
         "conditions", metavar="WHAT", nargs="+",
         help="what to draw, one or several: captions, or names of classes",
     )  # fmt: skip
-    sample.add_argument("--count", type=_count, default=1, help="pictures of each (default: 1)")
-    sample.add_argument("--steps", type=_count, help="of the sampler (default: the run's)")
+    sample.add_argument("--count", type=count, default=1, help="pictures of each (default: 1)")
+    sample.add_argument("--steps", type=count, help="of the sampler (default: the run's)")
     sample.add_argument("--guidance", type=float, help="1 is none (default: the run's)")
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     sample.add_argument(
@@ -110,19 +110,3 @@ def _clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number; got {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
-    return int(text)
