@@ -139,7 +139,7 @@ def _padded_window_pairs(windows: WindowGrid, rows: int, keys: int) -> int:
         for lines in windows.segments(1):
             for columns in windows.segments(2):
                 runs = (frames, lines, columns)
-                count = math.prod(run.count for run in runs)
+                count = math.prod(run.number for run in runs)
                 tokens = math.prod(run.size for run in runs)
                 total += count * _pad(tokens, rows) * _pad(tokens, keys)
     return total

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,16 +30,15 @@ def _triple(name: str, value: Sequence[int], fill: int, lowest: int) -> Triple:
     return (fill, *value) if len(value) == 2 else tuple(value)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """`count` neighbouring windows of equal `size` on one axis, `count * size` positions in all."""
+class Segment(NamedTuple):
+    """`number` neighbouring windows of equal `size` on one axis."""
 
-    count: int
+    number: int
     size: int
 
     @property
     def length(self) -> int:
-        return self.count * self.size
+        return self.number * self.size
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class WindowGrid:
         """Where the axis is cut, both ends included: 0, s, s + p, ..., L."""
         points = [0]
         for run in self.segments(axis):
-            points += [points[-1] + run.size * (i + 1) for i in range(run.count)]
+            points += [points[-1] + run.size * (i + 1) for i in range(run.number)]
         return tuple(points)
 
     def window_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
@@ -131,7 +130,7 @@ class WindowGrid:
     def num_pairs(self) -> int:
         """Query-key pairs within windows: the sum over windows of (tokens held)²."""
         return math.prod(
-            sum(run.count * run.size**2 for run in self.segments(axis)) for axis in range(3)
+            sum(run.number * run.size**2 for run in self.segments(axis)) for axis in range(3)
         )
 
 

@@ -2,24 +2,26 @@
 
 Each axis of the grid is split into first / interior / last runs of equal windows
 (`WindowGrid.segments`), so that every slab of the grid is a dense batch of equal windows: no mask,
-no roll, and never more scores than the windows have pairs.
+no roll, and never more scores than the windows have pairs. Axes are cut by plain reshapes: where
+there are many slabs, torch.compile takes several times as long to trace einops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from .geometry import Segment, WindowGrid
 
+Slab = tuple[Segment, ...]  # a run of windows on each axis
+
 
 def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
     f, h, w = windows.grid
-    means = _by_slab(_slab_mean, (x.unflatten(1, (f, h, w)),), windows)
+    means = _by_slab(_slab_mean, (x.unflatten(1, (f, h, w)),), _runs(windows))
     return means.flatten(1, 3)
 
 
@@ -52,22 +54,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:
     f, h, w = windows.grid
+    runs = _runs(windows)
+    part = any(len(own) > 1 for own in runs)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, slab: tuple[Segment, ...]) -> Tensor:
-        (nf, pf), (nh, ph), (nw, pw) = ((run.count, run.size) for run in slab)
-        cut = "b (nf pf) (nh ph) (nw pw) h d -> (b nf nh nw) (pf ph pw) h d"
-        sizes = dict(nf=nf, pf=pf, nh=nh, ph=ph, nw=nw, pw=pw)
-        part = q.shape[1:4] != windows.grid
-        q, k, v = (rearrange(t, cut, **sizes) for t in (q, k, v))
-        if (
-            part
-        ):  # a slab of one window is a view still, which would keep the whole for the backward
-            q, k, v = (t.contiguous() for t in (q, k, v))
-        out = _sdpa(q, k, v, scale)
-        join = "(b nf nh nw) (pf ph pw) h d -> b (nf pf) (nh ph) (nw pw) h d"
-        return rearrange(out, join, **sizes)
+    def attend(q: Tensor, k: Tensor, v: Tensor, slab: Slab) -> Tensor:
+        (nf, pf), (nh, ph), (nw, pw) = slab
+        b, heads, d = q.shape[0], q.shape[4], q.shape[5]
 
-    out = _by_slab(attend, tuple(t.unflatten(1, (f, h, w)) for t in (q, k, v)), windows)
+        def cut(t: Tensor) -> Tensor:
+            t = t.reshape(b, nf, pf, nh, ph, nw, pw, heads, d).permute(0, 1, 3, 5, 2, 4, 6, 7, 8)
+            t = t.reshape(b * nf * nh * nw, pf * ph * pw, heads, d)
+            # A slab of one window is a view still, which would keep the whole for the backward.
+            return t.contiguous() if part else t
+
+        out = _sdpa(cut(q), cut(k), cut(v), scale)
+        out = out.reshape(b, nf, nh, nw, pf, ph, pw, heads, d).permute(0, 1, 4, 2, 5, 3, 6, 7, 8)
+        return out.reshape(b, nf * pf, nh * ph, nw * pw, heads, d)
+
+    out = _by_slab(attend, tuple(t.unflatten(1, (f, h, w)) for t in (q, k, v)), runs)
     return out.flatten(1, 3)
 
 
@@ -77,18 +81,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def _slab_mean(x: Tensor, slab: tuple[Segment, ...]) -> Tensor:
-    pf, ph, pw = (run.size for run in slab)
-    cut = rearrange(x, "b (nf pf) (nh ph) (nw pw) c -> b nf pf nh ph nw pw c", pf=pf, ph=ph, pw=pw)
+def _slab_mean(x: Tensor, slab: Slab) -> Tensor:
+    (nf, pf), (nh, ph), (nw, pw) = slab
+    cut = x.reshape(x.shape[0], nf, pf, nh, ph, nw, pw, x.shape[4])
     exact = torch.promote_types(x.dtype, torch.float32)
     return cut.mean(dim=(2, 4, 6), dtype=exact).to(x.dtype)
+
+
+def _runs(windows: WindowGrid) -> list[Slab]:
+    return [windows.segments(axis) for axis in range(3)]
 
 
 def _by_slab(
     apply: Callable[..., Tensor],
     tensors: tuple[Tensor, ...],
-    windows: WindowGrid,
-    slab: tuple[Segment, ...] = (),
+    runs: Sequence[Slab],
+    slab: Slab = (),
 ) -> Tensor:
     """Apply `apply(*tensors, slab)` to every slab of the grid (axes 1 to 3) and join the results.
 
@@ -98,13 +106,12 @@ def _by_slab(
     axis = len(slab)
     if axis == 3:
         return apply(*tensors, slab)
-    runs = windows.segments(axis)
-    if len(runs) == 1:
-        return _by_slab(apply, tensors, windows, (*slab, runs[0]))
-    lengths = [run.length for run in runs]
+    own = runs[axis]
+    if len(own) == 1:
+        return _by_slab(apply, tensors, runs, (*slab, own[0]))
+    lengths = [run.length for run in own]
     pieces = zip(*(t.split(lengths, dim=axis + 1) for t in tensors), strict=True)
     results = [
-        _by_slab(apply, piece, windows, (*slab, run))
-        for piece, run in zip(pieces, runs, strict=True)
+        _by_slab(apply, piece, runs, (*slab, run)) for piece, run in zip(pieces, own, strict=True)
     ]
     return torch.cat(results, dim=axis + 1)

@@ -72,7 +72,7 @@ def test_every_axis_cut():
         wanted = {0, length} | {c for c in range(s, length, p)}
         assert set(cuts) == wanted
         segments = windows.segments(2)
-        assert [run.size for run in segments for _ in range(run.count)] == sizes
+        assert [run.size for run in segments for _ in range(run.number)] == sizes
         assert sum(run.length for run in segments) == length
         assert len(segments) <= 3
 
