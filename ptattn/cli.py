@@ -81,8 +81,8 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="+", metavar="FRAMESxSIDE", type=_video, default=videos)  # fmt: skip
     add("--device", "default: %(default)s, cuda if there is one",
         choices=("auto", "cpu", "cuda"), default="auto")  # fmt: skip
-    add("--dtype", "of weights and activations (default: %(default)s)",
-        choices=tuple(DTYPES), default="bf16")  # fmt: skip
+    add("--dtype", "of weights and activations (default: bf16 where that multiplies faster, else "
+        "fp32)", choices=("auto", *DTYPES), default="auto")  # fmt: skip
     add("--backend", "of the attention; full attention runs on sdpa beside triton "
         "(default: %(default)s, triton on a GPU)",
         choices=backends.CHOICES, default="auto")  # fmt: skip

@@ -1,5 +1,6 @@
 """What `ptattn compare` does with its cases: plan, budget, failures, times, findings, files."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ptattn import environment, files
-from ptattn.compare import cases, findings, plots, report, runner, tables, worker
+from ptattn.compare import cases, findings, plots, report, runner, settings_of, tables, worker
 from ptattn.compare.cases import Block, Entry, Size
 from ptattn.compare.runner import Outcome, Result
 from ptattn.compare.worker import CaseError, Measurement, Settings, Worker
@@ -317,6 +318,24 @@ def test_write_leaves_the_old_file_where_it_fails(tmp_path: Path) -> None:
     files.write("new", path)
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("ratio", "dtype"), [(0.5, "bf16"), (20, "fp32")])
+def test_dtype_is_the_one_that_multiplies_faster(
+    ratio: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that only products move: of one second in fp32, of `ratio` in bf16."""
+    now = 0.0
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+        nonlocal now
+        now += ratio if x.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(environment.F, "linear", linear)
+    monkeypatch.setattr(environment.time, "perf_counter", lambda: now)
+    options = argparse.Namespace(device="cpu", dtype="auto", backend="auto", threads=None)
+    assert settings_of(options).dtype == dtype
+    assert environment.bf16_is_fast("cuda")
 
 
 def test_environment() -> None:

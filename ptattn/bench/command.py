@@ -56,7 +56,8 @@ def add_parser(commands: Commands) -> None:
         own.add_argument("--tasks", nargs="+", choices=TASKS, default=[FORWARD],
                          help="default: forward")  # fmt: skip
         own.add_argument("--batch", type=count, default=1, help="default: %(default)s")
-        own.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+        own.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                         help="default: bf16 where that multiplies faster, else fp32")  # fmt: skip
         _add_measuring(own, budget)
         own.set_defaults(depth=None)
     own.add_argument("--depth", type=count, metavar="BLOCKS",

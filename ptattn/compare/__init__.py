@@ -67,14 +67,17 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if options.device == "cuda" and not cuda:
         raise UsageError("argument --device: got cuda, but torch finds no CUDA GPU here")
     device = "cuda" if cuda and options.device != "cpu" else "cpu"
-    sample = torch.empty(1, device=device, dtype=DTYPES[options.dtype])
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bf16" if environment.bf16_is_fast(device) else "fp32"
+    sample = torch.empty(1, device=device, dtype=DTYPES[dtype])
     try:
         backend = backends.resolve(options.backend, sample)
     except RuntimeError as error:
         raise UsageError(f"argument --backend: {error}") from None
     if options.threads is not None:
         torch.set_num_threads(options.threads)  # here for the record; each child does the same
-    return Settings(device, options.dtype, backend, torch.get_num_threads())
+    return Settings(device, dtype, backend, torch.get_num_threads())
 
 
 def _write(done: report.Report, out: Path) -> OSError | None:
