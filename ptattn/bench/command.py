@@ -47,6 +47,7 @@ def add_parser(commands: Commands) -> None:
     ops.add_argument("--only", metavar="PATTERN", type=_pattern, default=re.compile(""),
                      help="operations whose name matches, such as 'window XL 1024'")  # fmt: skip
     _add_measuring(ops, 120.0)
+    ops.set_defaults(dtype="bf16")  # whatever the machine: its cases are the kernels'
     for kind, what, models, sizes, budget in (
         ("block", "one block of each model", cases.MODELS[:3], (256, 512, 1024, 2048), 1200.0),
         ("model", "whole models", cases.MODELS, (256, 512), 1200.0),
@@ -105,7 +106,6 @@ def _add_measuring(parser: argparse.ArgumentParser, budget: float) -> None:
         f"(default: {SECONDS['cuda']} on a GPU, {SECONDS['cpu']:.0f} on the CPU)")  # fmt: skip
     add("--budget", type=number, metavar="SECONDS", default=budget,
         help="after which no case begins (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(dtype="bf16")
 
 
 def _ops(options: argparse.Namespace, command: str) -> int:
