@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptattn import checkpoint, files
-from ptattn.models import create_model
+from ptattn.models import create_model, get_config
 
 from .test_golden import FILES, read
 
@@ -35,7 +35,7 @@ def test_every_misfit_is_listed_in_one_error(official):
 def test_the_same_tensor_of_several_blocks_is_listed_once():
     with torch.device("meta"):
         weights = checkpoint.to_official(create_model("qihoo-t2i", depth=4))
-    config = checkpoint.official_config(create_model("qihoo-t2i", depth=0).config)
+    config = checkpoint.official_config(get_config("qihoo-t2i"))
     for block, size in ((0, 3), (2, 3), (3, 5)):
         weights[f"transformer_blocks.{block}.linear_2.bias"] = torch.empty(size, device="meta")
     with pytest.raises(ValueError, match="does not fit") as error:
@@ -46,9 +46,9 @@ def test_the_same_tensor_of_several_blocks_is_listed_once():
     assert f"transformer_blocks.3.{name} (got (5,), {shapes}" in message
     assert "missing: transformer_blocks.4.attn1.to_k.bias, transformer_blocks.4.attn1" in message
     with pytest.raises(
-        ValueError, match=r"unknown: transformer_blocks\.\[0-3\]\.attn1\.to_k\.bias"
+        ValueError, match=r"unknown: transformer_blocks\.\[1-3\]\.attn1\.to_k\.bias"
     ):
-        checkpoint.from_official(weights, {**config, "num_layers": 0})
+        checkpoint.from_official(weights, {**config, "num_layers": 1})
 
 
 def test_config_keys_are_checked(official):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A unit is a module or subpackage of ptattn; each imports only from lines above its own.
 ORDER = [
-    {"geometry", "files"},
+    {"geometry", "files", "command_line"},
     {"reference", "sdpa", "kernels"},
     {"autograd"},
     {"backends"},
