@@ -253,7 +253,7 @@ def test_bench_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps(record))
     assert main([*arguments, "--against", str(earlier)]) == 1
-    assert "1 of 1 times of ours are slower" in capsys.readouterr().out
+    assert "1 of 1 results of ours are worse" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", ["80", "160"])

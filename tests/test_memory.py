@@ -1,6 +1,6 @@
 """Peak memory: of a long video, and as `ptattn bench memory` predicts it for a training step."""
 
-import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ptattn import paper
-from ptattn.bench import memory
-from ptattn.command_line import UsageError
+from ptattn.bench import memory, result, targets
+from ptattn.bench.result import Result, Row
+from ptattn.cli import main
 
 CODE = """
 import resource, sys, torch, ptattn
@@ -57,39 +58,61 @@ def test_live_bytes_are_those_of_storages_that_live():
     assert (live.now, live.peak) == (0, 9600)
 
 
-def command(*arguments):
-    parser = argparse.ArgumentParser()
-    memory.add_parser(parser.add_subparsers())
-    return parser.parse_args(["memory", *map(str, arguments)])
+def run(*arguments):
+    return main(["bench", "memory", *map(str, arguments)])
 
 
 def test_training_memory_is_predicted(tmp_path, capsys):
-    options = command("--models", "pt-dit-b", "--frames", 32, "--out", tmp_path)
-    assert options.run(options, "ptattn bench memory") == 0
-    report = json.loads((tmp_path / "memory.json").read_text())
-    rows = {(row["recipe"], row["kept"]): row for row in report["rows"]}
-    assert len(rows) == len(memory.RECIPES) * len(memory.KEPT)
+    options = ("--models", "pt-dit-b", "--frames", 32, "--out", tmp_path)
+    assert run(*options) == 0
+    found = result.load(tmp_path / "memory.json").rows
+    rows = {(row.facts["recipe"], row.contender): row for row in found}
+    kinds = [f"keeps {kept}" for kept in memory.KEPT]
+    assert list(rows) == list(itertools.product(memory.RECIPES, kinds))
     count = paper.parameters("pt-dit-b")
     for (recipe, _), row in rows.items():
-        assert row["tokens"] == 32 * 1024
-        assert row["fixed"] == count * {"master": 16, "plain": 8}[recipe]
-        assert row["predicted"] >= row["fixed"] + (4 * count if recipe == "master" else 0)
-    everything, attention, inputs = (rows["plain", kept]["predicted"] for kept in memory.KEPT)
+        assert row.tokens == 32 * 1024
+        assert row.facts["fixed"] == count * {"master": 16, "plain": 8}[recipe]
+        assert row.peak >= row.facts["fixed"] + (4 * count if recipe == "master" else 0)
+    everything, attention, inputs = (rows["plain", kind].peak for kind in kinds)
     unit = 32 * 1024 * 640 * 2  # bytes of C numbers per token
     # At the peak, in the last block's backward, each of 11 others keeps 33 C, 5 C or C.
     assert 11 * 31 * unit < everything - inputs < 11 * 34 * unit
     assert 11 * 3 * unit < attention - inputs < 11 * 5 * unit
     shown, written = capsys.readouterr().out, (tmp_path / "memory.md").read_text()
-    assert "predicted, not measured" in " ".join(shown.split())
-    assert "predicted, not measured" in written
+    assert "Every number is predicted" in shown
+    line = f"| PT-DiT/B | plain | 32 | 32,768 | {8e-9 * count:.1f} | {everything / 1e9:.1f} |"
+    assert line in written
+    assert (tmp_path / "memory.png").exists()
+    # More memory than in an earlier file, which has no noise, is a regression.
+    assert run(*options, "--against", tmp_path / "memory.json") == 0
+    earlier = json.loads((tmp_path / "memory.json").read_text())
+    earlier["rows"][0]["peak"] //= 2
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    assert run(*options, "--against", tmp_path / "earlier.json") == 1
+    assert "1 of 6 results of ours are worse" in capsys.readouterr().out
+
+
+def test_memory_is_judged_by_what_the_paper_printed():
+    def row(recipe, peak, status=result.PREDICTED):
+        facts = dict(recipe=recipe, printed=50.0)
+        case = f"PT-DiT/XL 48×512 px, {recipe}"
+        return Row(case, "training", "keeps inputs", "PT-DiT/XL", True, status, peak=peak,
+                   facts=facts)  # fmt: skip
+
+    rows = [row("master", 60e9), row("plain", 60e9), row("plain", 40e9, result.OK)]
+    done = Result("memory", {"device": "cuda", "dtype": "bf16"}, {}, "", "", {}, rows)
+    master, plain = targets.verdicts(done)
+    assert master.startswith("predicted NOT MET: training, master")
+    assert "PT-DiT/XL 48×512 px, master: 1.2" in master
+    assert plain.startswith("met: training, plain")
 
 
 def test_training_memory_says_what_is_wrong(tmp_path, capsys):
     for arguments in (("--frames", 0), ("--models", "dit-b"), ("--models", "pt-dit-s-class")):
         with pytest.raises(SystemExit):
-            command(*arguments)
+            run(*arguments)
     assert "expected a positive integer; got '0'" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    options = command("--out", tmp_path / "file")
-    with pytest.raises(UsageError, match="argument --out"):
-        options.run(options, "ptattn bench memory")
+    assert run("--out", tmp_path / "file") == 2
+    assert "argument --out" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from ..compare import cases, settings_of
 from ..compare.cases import Size
 from ..compare.worker import DTYPES, Settings
 from ..models import get_config, list_models
+from ..paper import TRAINING_MEMORY
 from . import harness, memory, op_cases, predict, result, timing
 from .floor import FORWARD, TASKS
 from .harness import Bench
@@ -63,7 +64,13 @@ def add_parser(commands: Commands) -> None:
         own.set_defaults(depth=None)
     own.add_argument("--depth", type=count, metavar="BLOCKS",
                      help="of every model (default: its own)")  # fmt: skip
-    memory.add_parser(kinds)
+    own = _add(kinds, "memory", "training: its peak, predicted, and measured on a GPU", _memory)
+    own.add_argument("--models", nargs="+", metavar="MODEL", choices=memory.choices(),
+                     default=list(TRAINING_MEMORY), help=f"of {', '.join(memory.choices())} "
+                     f"(default: {' '.join(TRAINING_MEMORY)})")  # fmt: skip
+    own.add_argument("--frames", nargs="+", metavar="N", type=count, default=memory.FRAMES,
+                     help=f"latent frames of {memory.SIDE} px "
+                     f"(default: {' '.join(map(str, memory.FRAMES))})")  # fmt: skip
     own = _add(
         kinds, "predict", "what a GPU would take, from a model; nothing is measured", _predict
     )
@@ -142,13 +149,10 @@ def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
     from . import session
 
     settings = settings_of(options)
-    earlier = None if options.against is None else result.load(options.against)
-    open_folder(options.out)
-    torch.manual_seed(0)
     known = {**dataclasses.asdict(settings), "budget": options.budget}
     done = Result(options.kind, known, {}, command, now())
-    if earlier is not None:
-        result.check_comparable(earlier, done)
+    earlier = _prepare(options, done)
+    torch.manual_seed(0)
     dtype, clock = DTYPES[settings.dtype], timing.clock_of(settings.device)
     rates = timing.rates(clock, settings.device, dtype)
     done.rates.update(dataclasses.asdict(rates))
@@ -159,16 +163,39 @@ def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
     return session.carry_out(done, harness.measure(table(settings), bench), options.out, earlier)
 
 
+def _prepare(options: argparse.Namespace, done: Result) -> Result | None:
+    """The result of --against, if it can be compared with; and then the folder of --out."""
+    earlier = None if options.against is None else result.load(options.against)
+    if earlier is not None:
+        result.check_comparable(earlier, done)
+    open_folder(options.out)
+    return earlier
+
+
+def _memory(options: argparse.Namespace, command: str) -> int:
+    require("rich", "matplotlib")
+    from . import session
+
+    if reasons := backends.reasons_against("triton", torch.empty(1, device="meta")):
+        raise UsageError(f"the triton backend is what is predicted, and {'; '.join(reasons)}")
+    known = {"device": "cuda", "dtype": "bf16"}
+    if not torch.cuda.is_available():
+        known["predicted_for"] = "any GPU"
+    done = Result(memory.KIND, known, {}, command, now())
+    earlier = _prepare(options, done)
+    found = memory.rows(options.models, options.frames)
+    return session.carry_out(done, found, options.out, earlier, memory.NOTES)
+
+
 def _predict(options: argparse.Namespace, command: str) -> int:
     require("rich", "matplotlib")
     from . import session
 
     device = predict.DEVICES[options.device]
     settings = Settings("cuda", "bf16", "triton")
-    earlier = None if options.against is None else result.load(options.against)
-    open_folder(options.out)
     known = {**dataclasses.asdict(settings), "predicted_for": device.name}
     done = Result("predict", known, dataclasses.asdict(device.rates), command, now())
+    earlier = _prepare(options, done)
     chosen = options.models, options.sizes
     blocks = model_cases("block", *chosen, TASKS, settings)
     models = model_cases("model", *chosen, TASKS, settings)

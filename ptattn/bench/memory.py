@@ -7,13 +7,9 @@ ten MB), the allocator's rounding and the CUDA context.
 
 from __future__ import annotations
 
-import argparse
-import math
-import textwrap
 import weakref
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,28 +18,29 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .. import backends, environment, files
-from ..command_line import UsageError, count, now, open_folder
-from ..compare.cases import TEXT_TOKENS
-from ..flops import VAE_FACTOR, token_grid
+from ..compare.cases import TEXT_TOKENS, Entry, Size, plan
+from ..flops import VAE_FACTOR
 from ..models import PTDiT, create_model, find_model, get_config, list_models
 from ..paper import TRAINING_MEMORY
+from .floor import TRAINING
+from .harness import first_line, free_memory
+from .result import OK, PREDICTED, SKIPPED, Row
 
-SCHEMA = 1
+KIND = "memory"
 SIDE = 512  # pixels, as in the paper's table
 FRAMES = (48, 96, 144, 192, 240)  # latent
 DTYPE = torch.bfloat16
-TITLE = f"Peak memory of a training step on one sample at {SIDE}², GB: predicted, not measured"
 NOTES = (
     "Every number is predicted, on the meta device; one after a slash is measured on this GPU.",
     "Fixed: weights, gradients and optimizer state, by recipe. master: bf16 weights and gradients, "
     "AdamW in fp32 on fp32 master weights, 16 bytes per parameter. plain: all in bf16, 8 bytes.",
     "Keeps: what the forward keeps: all; or, with model.blocks.checkpoint(), each block's input "
     "and its attentions' outputs, or its input alone.",
-    "Paper: printed in arXiv 2409.04005, which says neither recipe nor batch. Keeping all takes "
-    "more than an 80 GB GPU has, and 192 frames more took only 10 to 11 GB: most likely it kept "
-    "block inputs alone, with AdamW in fp32, so that 'Keeps inputs' by recipe master compares. "
-    "It may have held a text encoder and an autoencoder besides; they are not counted here.",
+    "Paper: printed in arXiv 2409.04005 for so many frames, without recipe or batch. From 48 to "
+    "240 latent frames the inputs of all blocks alone grow by 12.7 GB (XL) and 17.0 GB (H), the "
+    "printed peaks by 11.2 and 10.0. So either a sample was spread over several GPUs, or the "
+    "frames are a video's, four to a latent one, and the rows of 12 to 60 latent frames compare. "
+    "A text encoder and an autoencoder may be in the printed peaks; here they are not.",
 )
 # What stays for the backward: everything, block inputs and attention outputs, block inputs.
 KEPT = ("all", "attention", "inputs")
@@ -55,28 +52,9 @@ class Recipe:
 
     state: int  # of the optimizer, always there
     step: int  # more while the optimizer steps, when all activations are gone
-    about: str
 
 
-RECIPES = {
-    "master": Recipe(12, 4, "bf16 weights and gradients, AdamW in fp32 on fp32 master weights"),
-    "plain": Recipe(4, 0, "bf16 weights, gradients and AdamW state"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A training step on one sample, bytes; `measured` is None where it did not run."""
-
-    model: str
-    frames: int
-    tokens: int
-    recipe: str
-    kept: str
-    fixed: int  # weights, gradients, optimizer state
-    predicted: int
-    measured: int | None
-    printed: float | None  # in the paper, bytes
+RECIPES = {"master": Recipe(12, 4), "plain": Recipe(4, 0)}  # NOTES say what they are
 
 
 class LiveBytes(TorchDispatchMode):
@@ -137,6 +115,7 @@ def predict(name: str, frames: int, kept: str) -> tuple[int, int]:
 
 def measure(name: str, frames: int, kept: str, recipe: Recipe) -> int:
     """The peak on the GPU. The optimizer's state is there as so many bytes; it does not step."""
+    torch.cuda.empty_cache()  # what other cases left would lie in the way
     model, inputs = build(name, frames, kept, "cuda")
     parameters = sum(p.numel() for p in model.parameters())
     state = torch.empty(parameters * recipe.state, dtype=torch.uint8, device="cuda")
@@ -148,103 +127,47 @@ def measure(name: str, frames: int, kept: str, recipe: Recipe) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def rows(models: Sequence[str], frames: Sequence[int]) -> list[Row]:
-    """Every case; those that fit are measured where there is a GPU."""
-    from rich.console import Console
-    from rich.progress import track
-
-    cases = [(model, length, kept) for model in models for length in frames for kept in KEPT]
-    found = []
-    for model, length, kept in track(
-        cases, "Predicting", console=Console(stderr=True), transient=True
-    ):
-        parameters, live = predict(model, length, kept)
-        printed = TRAINING_MEMORY.get(model, {}).get(length)
-        for name, recipe in RECIPES.items():
-            fixed = parameters * (4 + recipe.state)
-            peak = max(fixed - 2 * parameters + live, fixed + recipe.step * parameters)
-            fits = torch.cuda.is_available() and peak < torch.cuda.mem_get_info()[0]
-            measured = measure(model, length, kept, recipe) if fits else None
-            tokens = math.prod(token_grid(get_config(model), SIDE, length))
-            found.append(
-                Row(model, length, tokens, name, kept, fixed, peak, measured,
-                    None if printed is None else printed * 1e9)
-            )  # fmt: skip
-    return found
-
-
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = f"peak memory of a training step at {SIDE}², predicted, and measured on a GPU"
-    parser = commands.add_parser("memory", help=text, description=f"The {text}.")
-    choices = [
+def choices() -> list[str]:
+    """The models that take part: PT-DiT for text."""
+    return [
         name
         for name in list_models()
         if find_model(name)[0] is PTDiT and get_config(name).caption_channels is not None
     ]
-    parser.add_argument("--models", nargs="+", metavar="MODEL", choices=choices,
-                        default=list(TRAINING_MEMORY), help=f"of {', '.join(choices)} "
-                        f"(default: {' '.join(TRAINING_MEMORY)})")  # fmt: skip
-    parser.add_argument("--frames", nargs="+", metavar="N", type=count, default=FRAMES,
-                        help=f"latent frames (default: {' '.join(map(str, FRAMES))})")  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("results/memory"),
-                        help="where the results are written (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace, command: str) -> int:
-    """Print the table; write it as memory.md and memory.json."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def rows(models: Sequence[str], frames: Sequence[int]) -> Iterator[list[Row]]:
+    """Of one model and number of frames after the other: a row per recipe and what is kept.
 
-    if reasons := backends.reasons_against("triton", torch.empty(1, device="meta")):
-        raise UsageError(f"the triton backend is what is predicted, and {'; '.join(reasons)}")
-    open_folder(options.out)
-    found = rows(options.models, options.frames)
-    head, lines = table(found)
-    report = {
-        "schema": SCHEMA,
-        "kind": "memory",
-        "command": command,
-        "date": now(),
-        "environment": environment.describe(),
-        "recipes": {name: recipe.about for name, recipe in RECIPES.items()},
-        "rows": [asdict(row) for row in found],
-    }
-    files.write_json(report, options.out / "memory.json")
-    cells = [head, ["---:"] * len(head), *lines]
-    markdown = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-    notes = "\n".join(f"- {note}" for note in NOTES)
-    text = f"# {TITLE}\n\nMade by `{command}`.\n\n{markdown}\n\n{notes}"
-    files.write(text + "\n", options.out / "memory.md")
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in head:
-        shown.add_column(title, justify="right", overflow="fold")
-    for line in lines:
-        shown.add_row(*line)
-    console = Console()
-    console.print(TITLE, shown, sep="\n", highlight=False, markup=False)
-    for note in NOTES:
-        wrapped = textwrap.fill(f"- {note}", console.width, subsequent_indent="  ")
-        console.print(wrapped, highlight=False, markup=False)
-    console.print(f"Written to {options.out}: memory.md, memory.json.", highlight=False)
-    return 0
+    With a GPU those that fit have a second row, measured.
+    """
+    for entry in plan(models, [Size(SIDE, length) for length in frames]):
+        yield _rows(entry)
 
 
-def table(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """A line per model, number of frames and recipe; GB, a measured peak after a slash."""
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for row in found:
-        groups.setdefault((row.model, row.recipe, row.frames), []).append(row)
-    lines = []
-    for (model, recipe, frames), group in groups.items():
-        first = group[0]
-        cells = [f"{row.predicted / 1e9:.1f}" for row in group]
-        for i, row in enumerate(group):
-            if row.measured is not None:
-                cells[i] += f" / {row.measured / 1e9:.1f}"
-        printed = "" if first.printed is None else f"{first.printed / 1e9:.1f}"
-        fixed = f"{first.fixed / 1e9:.1f}"
-        lines.append([model, str(frames), recipe, fixed, *cells, printed])
-    head = ["Model", "Frames", "Recipe", "Fixed", *(f"Keeps {kept}" for kept in KEPT), "Paper"]
-    return head, lines
+def _rows(entry: Entry) -> list[Row]:
+    found, length = [], entry.size.frames
+    lives = {kept: predict(entry.model, length, kept) for kept in KEPT}
+    for name, recipe in RECIPES.items():
+        for kept, (parameters, live) in lives.items():
+            fixed = parameters * (4 + recipe.state)
+            peak = max(fixed - 2 * parameters + live, fixed + recipe.step * parameters)
+            facts = dict(
+                kind=KIND, model=entry.name, frames=length, recipe=name, parameters=parameters,
+                fixed=fixed, printed=TRAINING_MEMORY.get(entry.model, {}).get(length),
+            )  # fmt: skip
+            row = Row(
+                f"{entry.name} {entry.size}, {name}", TRAINING, f"keeps {kept}", entry.name, True,
+                PREDICTED, tokens=entry.block.tokens, peak=peak, facts=facts,
+            )  # fmt: skip
+            found.append(row)
+            if torch.cuda.is_available() and peak < (free_memory("cuda") or 0):
+                found.append(_measured(row, entry.model, length, kept, recipe))
+    return found
+
+
+def _measured(row: Row, *case: Any) -> Row:
+    try:
+        return replace(row, status=OK, peak=measure(*case))
+    except torch.OutOfMemoryError as error:
+        return replace(row, status=SKIPPED, peak=None, note=first_line(error))

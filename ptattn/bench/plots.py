@@ -1,4 +1,4 @@
-"""Latency against tokens, at equal width and at equal parameters, as PNG."""
+"""Latency against tokens, at equal width and at equal parameters; memory against frames: PNG."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..compare.plots import OPPONENT_COLORS, PROXY_COLORS
+from ..compare.plots import DASHES, OPPONENT_COLORS, PROXY_COLORS
+from . import memory
 from .floor import FORWARD
-from .result import PREDICTED, Result, Row, fastest, groups
+from .result import OK, PREDICTED, Result, Row, fastest, groups
 
 # Models of one width, D = 1152, and of one number of parameters within 10 %.
 PANELS = {
@@ -24,6 +25,14 @@ PANELS = {
 SIZE = 17, 6.25  # inches
 
 Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
+
+
+def draw(result: Result) -> tuple[str, bytes] | None:
+    """The picture of a result and what it shows; None where there is nothing to draw."""
+    if result.kind == memory.KIND:
+        return "Peak memory of training against frames", peaks(result)
+    picture = crossover(result)
+    return None if picture is None else ("Forward time against tokens", picture)
 
 
 def crossover(result: Result) -> bytes | None:
@@ -41,6 +50,45 @@ def crossover(result: Result) -> bytes | None:
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
                                     panels.items(), strict=True):  # fmt: skip
         _panel(axes, title, lines)
+    return _png(figure)
+
+
+def peaks(result: Result) -> bytes:
+    """Peak memory of training against frames, a panel per model, beside the paper's."""
+    models = list(dict.fromkeys(row.model for row in result.rows))
+    figure = Figure(figsize=(3 + 5 * len(models), SIZE[1]), dpi=130, layout="constrained")
+    title = f"Peak of training on one sample at {memory.SIDE} px, {result.machine.split(';')[0]}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
+        _peaks(axes, [row for row in result.rows if row.model == model and row.peak])
+        axes.set_title(model, loc="left", fontsize=13)
+    known = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize=11)
+    return _png(figure)
+
+
+def _peaks(axes: Any, rows: Sequence[Row]) -> None:
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.status == PREDICTED:
+            lines.setdefault((row.facts["recipe"], row.contender), []).append(row)
+    styles = dict(zip(memory.RECIPES, ("-", DASHES["linestyle"]), strict=True))
+    colors = dict(zip(dict.fromkeys(kept for _, kept in lines), PROXY_COLORS, strict=False))
+    for (recipe, kept), own in lines.items():
+        axes.plot([row.facts["frames"] for row in own], [(row.peak or 0) / 1e9 for row in own],
+                  label=f"{recipe}, {kept}", color=colors[kept],
+                  linestyle=styles[recipe], linewidth=2.2)  # fmt: skip
+    measured = [(r.facts["frames"], (r.peak or 0) / 1e9) for r in rows if r.status == OK]
+    printed = {(r.facts["frames"], r.facts["printed"]) for r in rows if r.facts["printed"]}
+    for points, label, color in ((measured, "measured", "0.5"), (printed, "paper", "k")):
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", label=label, color=color)
+    axes.set_xticks(sorted({row.facts["frames"] for row in rows}))
+    _finish(axes, "latent frames", "GB")
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -95,19 +143,23 @@ def _panel(axes: Any, title: str, lines: dict[str, Points]) -> None:
                     [tokens], [seconds], color=colors[theirs], linestyle="", label=text, **ring
                 )
     axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xlabel("tokens", fontsize=12)
-    axes.set_ylabel("seconds", fontsize=12)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
     axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+    _finish(axes, "tokens", "seconds")
+    axes.legend(fontsize=11, edgecolor="none", loc="upper left")
+
+
+def _finish(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)
+    axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     axes.grid(True, color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, edgecolor="none", loc="upper left")
 
 
 def _crossings(ours: Points, theirs: Points) -> Points:

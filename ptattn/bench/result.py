@@ -56,7 +56,7 @@ class Row:
 class Result:
     """A run: what was measured, how, on what."""
 
-    kind: str  # ops, block, model, predict, gpu
+    kind: str  # ops, block, model, memory, predict, gpu
     settings: dict[str, Any]
     rates: dict[str, float]
     command: str
@@ -75,7 +75,7 @@ class Result:
         known, used = self.environment, self.settings
         threads = f"{known['cpu']}, {known['threads']} threads"
         if "predicted_for" in used:
-            where = f"predicted for an {used['predicted_for']}"
+            where = f"predicted for {used['predicted_for']}"
         else:
             where = known["gpus"][0] if used["device"] == "cuda" else threads
         commit = known["commit"] or "not a checkout"
@@ -131,13 +131,13 @@ def _device(result: Result) -> str:
 
 
 def regressions(old: Result, new: Result) -> tuple[list[str], int]:
-    """Our rows that became slower beyond noise, in words, and how many rows both results have.
+    """Our rows that became worse beyond noise, in words, and how many rows both results have.
 
     Slower beyond noise: the 20th percentile lies above the earlier 80th, and the median is at least
-    3 % above the earlier one. A row that had a time and has a wrong result or an error now counts
-    too.
+    3 % above the earlier one. Of memory, which has no noise: a peak 3 % above the earlier one. A
+    row that was well and has a wrong result or an error now counts too.
     """
-    before = {_key(row): row for row in old.rows if row.ours and row.timing}
+    before = {_key(row): row for row in old.rows if row.ours and row.status in (OK, PREDICTED)}
     after = {_key(row): row for row in new.rows if row.ours}
     found, common = [], 0
     for key in before.keys() & after.keys():
@@ -150,6 +150,10 @@ def regressions(old: Result, new: Result) -> tuple[list[str], int]:
             ratio = now.timing.median / was.timing.median
             if now.timing.low > was.timing.high and ratio >= SLOWER:
                 found.append(f"{name}: {ratio:.2f} × the earlier time")
+        elif now.peak and was.peak:
+            common += 1
+            if now.peak >= SLOWER * was.peak:
+                found.append(f"{name}: {now.peak / was.peak:.2f} × the earlier peak")
     return sorted(found), common
 
 
@@ -187,10 +191,10 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def omissions(rows: Sequence[Row]) -> list[str]:
-    """What has no time, and why: each reason once."""
+    """What was not measured, and why: each reason once."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
-        if row.timing is None:
+        if row.status not in (OK, PREDICTED):
             who = "" if row.status == NOT_REACHED else row.contender
             where = f"{row.case} {row.task}"
             reasons.setdefault((who, row.status, row.note), []).append(where)

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import files
 from ..command_line import UsageError, console
 from . import plots, result, tables, targets
+from .memory import KIND
 from .result import NOT_REACHED, Result, Row
 
 WRITE_EVERY = 30.0  # seconds: what a run leaves behind that is killed
@@ -29,7 +30,7 @@ def carry_out(
         done: a result without rows yet.
         found: the rows as they come; Ctrl-C ends them.
         against: an earlier result that this one is compared with.
-        notes: paragraphs above the table.
+        notes: paragraphs above the table, in place of how times are measured.
 
     Returns:
         The exit code: 1 if something of ours is wrong, does not run, or is slower than in `against`
@@ -66,10 +67,11 @@ def _written_now_and_then(
 
 def _write(done: Result, out: Path, notes: Sequence[str]) -> bool:
     """Whether there is a picture."""
-    text, picture = tables.markdown(done, notes), plots.crossover(done)
+    text, picture = tables.markdown(done, notes), plots.draw(done)
     if picture:
-        text += f"\n![Forward time against tokens]({done.kind}.png)\n"
-        files.write(picture, out / f"{done.kind}.png")
+        caption, png = picture
+        text += f"\n![{caption}]({done.kind}.png)\n"
+        files.write(png, out / f"{done.kind}.png")
     else:  # that of an earlier run would contradict the table
         with suppress(FileNotFoundError):
             (out / f"{done.kind}.png").unlink()
@@ -79,15 +81,20 @@ def _write(done: Result, out: Path, notes: Sequence[str]) -> bool:
 
 
 def _compare(old: Result, new: Result) -> int:
-    """Say what became slower; 1 if anything did."""
-    slower, common = result.regressions(old, new)
-    rule = f"20th percentile above the earlier 80th and median {result.SLOWER - 1:.0%} up"
-    print(
-        f"\nAgainst {old.command} of {old.date[:10]}: {len(slower)} of {common} times of ours are "
-        f"slower beyond noise ({rule})."
+    """Say what became worse; 1 if anything did."""
+    worse, common = result.regressions(old, new)
+    more = f"{result.SLOWER - 1:.0%}"
+    rule = (
+        f"{more} more memory"
+        if new.kind == KIND
+        else f"20th percentile above the earlier 80th and median {more} up"
     )
-    for line in slower:
+    print(
+        f"\nAgainst {old.command} of {old.date[:10]}: {len(worse)} of {common} results of ours are "
+        f"worse beyond noise ({rule})."
+    )
+    for line in worse:
         print(f"- {line}")
-    if not common and not slower:
+    if not common and not worse:
         raise UsageError("argument --against: the two results have no row in common")
-    return int(bool(slower))
+    return int(bool(worse))

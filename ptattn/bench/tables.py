@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ..compare import units
+from . import memory
 from . import result as results
 from .op_run import OTHERS
 from .result import PREDICTED, Result, Row, comparable, fastest, groups
@@ -27,6 +28,7 @@ TITLES = {
     "ops": "Operations",
     "block": "One block",
     "model": "Whole models",
+    "memory": "Peak memory of training on one sample",
     "predict": "Whole models and blocks, PREDICTED, not measured",
     "gpu": "Kernels, blocks and models on a GPU",
 }
@@ -40,7 +42,7 @@ TIMED = (
 
 def markdown(result: Result, notes: Sequence[str] = ()) -> str:
     parts = [f"# {TITLES[result.kind]}", f"{result.machine}.\nMade by `{result.command}`."]
-    parts += [*notes] if result.kind == "predict" else [ceilings(result), TIMED, *notes]
+    parts += notes or [ceilings(result), TIMED]
     for title, rows, columns in _sections(result):
         titles = [column.title for column in columns]
         marks = ["---" if column.left else "---:" for column in columns]
@@ -59,7 +61,7 @@ def show(result: Result, console: Console, notes: Sequence[str] = ()) -> None:
         console.print(text, highlight=False, markup=False)
 
     say(f"{TITLES[result.kind]}\n{result.machine}")
-    say(ceilings(result) if result.kind != "predict" else "\n".join(notes))
+    say("\n".join(notes) or ceilings(result))
     for title, rows, columns in _sections(result):
         unlimited = console.options.update(max_width=1000)
         if Measurement.get(console, unlimited, _table(rows, columns)).maximum > console.width:
@@ -86,7 +88,8 @@ def ceilings(result: Result) -> str:
 def line(row: Row) -> str:
     """A row as it comes, for a log."""
     if row.timing is None:
-        return f"{row.case}  {row.task}  {row.contender}: {row.status} {row.note}".rstrip()
+        known = row.note if row.peak is None else units.memory(row.peak)
+        return f"{row.case}  {row.task}  {row.contender}: {row.status} {known}".rstrip()
     share = "" if row.share is None else f", {row.share:.0%} of floor"
     return f"{row.case}  {row.task}  {row.contender}: {duration(row.timing.median)}{share}"
 
@@ -107,6 +110,8 @@ Groups = dict[tuple[str, str], list[Row]]
 
 def _sections(result: Result) -> list[tuple[str, list[Row], list[Column]]]:
     """Operations show ours alone, with the fastest opponent beside; blocks and models everyone."""
+    if result.kind == memory.KIND:
+        return [_memory(result.rows)]
     timed = [row for row in result.rows if row.timing]
     group, found = groups(timed), []
     for title, kind in (("Operations", None), ("One block", "block"), ("Whole models", "model")):
@@ -162,6 +167,32 @@ def _columns(rows: Sequence[Row], group: Groups, operations: bool) -> list[Colum
     ]
 
 
+def _memory(rows: Sequence[Row]) -> tuple[str, list[Row], list[Column]]:
+    """A line per model, recipe and number of frames; GB, a measured peak after a slash."""
+    group = groups(rows)
+
+    def peak(contender: str) -> Column:
+        def show(row: Row) -> str:
+            own = [r for r in group[row.case, row.task] if r.contender == contender and r.peak]
+            return " / ".join(f"{(r.peak or 0) / 1e9:.1f}" for r in own)
+
+        return Column(contender.capitalize(), show)
+
+    columns = [
+        Column("Model", lambda row: row.model, left=True),
+        Column("Recipe", lambda row: row.facts["recipe"], left=True),
+        Column("Frames", lambda row: str(row.facts["frames"])),
+        Column("Tokens", lambda row: f"{row.tokens:,}", narrow=False),
+        Column("Fixed", lambda row: f"{row.facts['fixed'] / 1e9:.1f}"),
+        *(peak(contender) for contender in dict.fromkeys(row.contender for row in rows)),
+        Column("Paper", lambda row: f"{row.facts['printed'] or '–'}"),
+    ]
+    models = list(dict.fromkeys(row.model for row in rows))
+    lines = [own[0] for own in group.values()]
+    lines.sort(key=lambda row: (models.index(row.model), row.facts["recipe"]))
+    return f"A training step at {memory.SIDE} px, GB", lines, columns
+
+
 def _quantiles(row: Row) -> str:
     if row.timing is None or row.status == PREDICTED:
         return ""
@@ -181,10 +212,10 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column.title, justify="left" if column.left else "right")
-    place = None
-    for row in rows:
-        if place not in (None, (row.case, row.task)):
+    by_place = groups(rows).values()
+    for own in by_place:
+        for row in own:
+            table.add_row(*(column.show(row) for column in columns))
+        if len(by_place) < len(rows):  # lines between single rows would only take space
             table.add_section()
-        place = row.case, row.task
-        table.add_row(*(column.show(row) for column in columns))
     return table

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .floor import FORWARD, TRAINING
+from .memory import RECIPES
 from .model_run import YARDSTICK
 from .op_cases import WINDOWED
 from .result import OK, PREDICTED, Result, Row, fastest, groups
@@ -45,21 +46,20 @@ def verdicts(result: Result) -> list[str]:
 
 def _verdict(target: Target, rows: Sequence[Row]) -> str:
     found: dict[str, float] = {}
-    predicted = False
+    predicted: dict[str, bool] = {}
     for group in groups(rows).values():
         for row in group:
-            if row.timing and row.status in (OK, PREDICTED) and target.concerns(row):
-                value = target.value(row, group)
-                if value is not None:
-                    found[f"{row.contender} {row.case}"] = value
-                    predicted |= row.status == PREDICTED
+            if row.status in (OK, PREDICTED) and target.concerns(row):
+                value, name = target.value(row, group), f"{row.contender} {row.case}"
+                if value is not None:  # a measured one takes the place of its prediction
+                    found[name], predicted[name] = value, row.status == PREDICTED
     if not found:
         return ""
     missed = {name: value for name, value in found.items() if not target.met(value)}
     worst = "; ".join(f"{name}: {value:.3g}" for name, value in (missed or found).items())
     if not missed and len(found) > 3:
         worst = f"{len(found)} rows, {min(found.values()):.3g} to {max(found.values()):.3g}"
-    head = ("predicted " if predicted else "") + ("NOT MET" if missed else "met")
+    head = ("predicted " if any(predicted.values()) else "") + ("NOT MET" if missed else "met")
     return f"{head}: {target.name} ({worst})"
 
 
@@ -93,6 +93,12 @@ def _over(contender: str) -> Callable[[Row, Sequence[Row]], float | None]:
         return row.seconds / other.seconds if other and other.seconds and row.seconds else None
 
     return value
+
+
+def _over_paper(row: Row, group: Sequence[Row]) -> float | None:
+    """Our peak of memory over the printed one."""
+    printed = row.facts["printed"]
+    return row.peak / (printed * 1e9) if row.peak and printed else None
 
 
 def _op(task: str, fits: Callable[[Row], bool]) -> Callable[[Row], bool]:
@@ -142,6 +148,10 @@ def _own_block(task: str) -> Callable[[Row], bool]:
     return lambda row: row.ours and row.task == task and row.facts.get("kind") == "block"
 
 
+def _keeps_inputs(recipe: str) -> Callable[[Row], bool]:
+    return lambda row: row.contender == "keeps inputs" and row.facts["recipe"] == recipe
+
+
 _OPS = ("ops", "gpu")
 _BLOCKS, _MODELS = ("block", "gpu", "predict"), ("model", "gpu", "predict")
 XL, DIT, PIXART = "PT-DiT/XL", "DiT/XL", "PixArt-α"
@@ -181,6 +191,11 @@ TARGETS = (
     _speedup(XL, DIT, 18.0, 1024, 48),
     _speedup(f"{XL} fused", DIT, 1.0, 1024),
     _speedup("PT-DiT/L", PIXART, 1.6, 1024),
+    *(
+        Target(f"training, {recipe}, block inputs kept: less memory than in the paper", ("memory",),
+               "cuda", _keeps_inputs(recipe), _over_paper, 1.0)
+        for recipe in RECIPES
+    ),
     Target("block, 16,384 tokens, compiled: at most 1.5 × its 21 GEMMs", ("block",), "cpu",
            _model(f"{XL} compiled", side=2048), _over(YARDSTICK), 1.5),
     Target("block, 4,096 tokens, compiled: at most 1.7 × its 21 GEMMs", ("block",), "cpu",
