@@ -374,9 +374,10 @@ def test_command_lines_that_cannot_be_carried_out(folder):
         command("train", "mnist", "--minutes", "0")
 
 
-def test_v_prediction_and_time_limits(folder):
+def test_v_prediction_and_time_limits(folder, capsys):
     config = run_config(folder, objective="v", samples={"count": 2, "steps": 3}, steps=10**6)
     assert config.flow is flow.V
     records = loop.train(config, folder / "run", minutes=1e-6)
+    assert "about 0:00:00 left" in capsys.readouterr().err
     assert len(records) == 1
     assert tensors(folder / "run")["step"] == 1

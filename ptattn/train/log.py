@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -22,25 +24,26 @@ class Log:
         folder: of the run; tensorboard's files lie in it.
         start, steps: the first step and the last.
         batch_size: examples per step.
+        limit: seconds after which the run ends, however many steps are left.
         quiet: show and write nothing, as all processes but the first do.
     """
 
     def __init__(
-        self, folder: Path, start: int, steps: int, batch_size: int, quiet: bool = False
+        self, folder: Path, start: int, steps: int, batch_size: int, limit: float, quiet: bool
     ) -> None:
-        self._batch_size, self._steps, self._quiet = batch_size, steps, quiet
+        self._batch_size, self._start, self._steps, self._limit = batch_size, start, steps, limit
         self._console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.1f} examples/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(
-            "", total=steps, completed=start, loss=float("nan"), speed=0.0
+            "", total=steps, completed=start, loss=math.nan, speed=0.0, left=""
         )
         self._board: Any = None
         if not quiet:
@@ -49,9 +52,9 @@ class Log:
             # What a run that was killed has logged beyond its checkpoint is overwritten.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._losses: list[float] = []
-        self._since = self._lap = time.monotonic()
 
     def __enter__(self) -> Log:
+        self._begin = self._since = self._lap = time.monotonic()
         self._bar.start()
         return self
 
@@ -74,16 +77,23 @@ class Log:
                 self._board.add_scalar(name, value, step)
         self._losses.append(loss)
         mean = float(np.mean(self._losses[-100:]))
-        self._bar.update(self._task, completed=step, loss=mean, speed=speed)
-        if self._console.is_terminal or (now - self._since < EVERY and step < self._steps):
+        left = self._left(step, now)
+        self._bar.update(self._task, completed=step, loss=mean, speed=speed, left=left)
+        last = step == self._steps or now - self._begin > self._limit
+        if self._console.is_terminal or (now - self._since < EVERY and not last):
             return
         speed = self._batch_size * len(self._losses) / max(now - self._since, 1e-9)
-        left = (self._steps - step) * self._batch_size / speed
         self.note(
             f"step {step}/{self._steps}: loss {np.mean(self._losses):.4f}, {speed:.1f} examples/s, "
-            f"about {left:.0f} s left"
+            + left
         )
         self._losses, self._since = [], now
+
+    def _left(self, step: int, now: float) -> str:
+        """At the pace of this run so far, and not beyond its limit."""
+        run = now - self._begin
+        seconds = min(run / (step - self._start) * (self._steps - step), self._limit - run)
+        return f"about {datetime.timedelta(seconds=round(max(0.0, seconds)))} left"
 
     def picture(self, step: int, path: Path, sheet: Image.Image) -> None:
         self.note(f"samples: {path}")

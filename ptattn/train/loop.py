@@ -56,8 +56,9 @@ def train(config: Config, folder: str | Path, *, minutes: float | None = None) -
         ImportError: a package that is not installed.
     """
     folder = Path(folder)
-    trainer = Trainer(config, folder)
-    begin, limit = time.monotonic(), math.inf if minutes is None else 60 * minutes
+    limit = math.inf if minutes is None else 60 * minutes
+    trainer = Trainer(config, folder, limit)
+    begin = time.monotonic()
     records: list[Record] = []
     with trainer.log as log:
         trainer.begin()
@@ -80,7 +81,7 @@ def train(config: Config, folder: str | Path, *, minutes: float | None = None) -
 class Trainer:
     """One process of a run: its part of every batch, and if it is the first, the run's files."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, limit: float = math.inf) -> None:
         resuming = check_folder(folder, config)
         self.config, self.folder = config, folder
         self.accelerator = Accelerator(
@@ -97,7 +98,8 @@ class Trainer:
         )
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self._parts = iter(batches(self.data, config, self.state.step, rank, processes))
-        self.log = Log(folder, self.state.step, config.steps, config.batch_size, not self.first)
+        start, quiet = self.state.step, not self.first
+        self.log = Log(folder, start, config.steps, config.batch_size, limit, quiet)
 
     def begin(self) -> None:
         """Say what the run is, and write down its configuration."""
