@@ -6,23 +6,14 @@ import logging
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+# First, as it skips this module where diffusers is missing.
+from .components import diffusers, image_vae, pipeline, seeded, transformer, video_vae  # isort: skip
 
-from ptattn import checkpoint  # noqa: E402
-from ptattn.flow import FLOW, V, resolution_shift, sample  # noqa: E402
-from ptattn.models import ModelConfig  # noqa: E402
-from ptattn.pipelines import (  # noqa: E402
-    PTDiTPipeline,
-    PTDiTTransformer,
-    compression,
-    decode,
-    encode,
-)
+from ptattn import checkpoint
+from ptattn.flow import FLOW, V, resolution_shift, sample
+from ptattn.models import ModelConfig
+from ptattn.pipelines import PTDiTPipeline, PTDiTTransformer, decode
 
-WORDS = ["a", "red", "green", "blue", "cat", "dog", "teapot", "on", "the", "table", "at", "dusk"]
-WIDTH = 16  # of the text encoder
 IMAGE = dict(height=16, width=24, num_inference_steps=2, output_type="np", max_sequence_length=8)
 
 
@@ -34,79 +25,10 @@ def _offline(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", connect)
 
 
-def tokenizer():
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(c, -9.0) for c in "abcdefghijklmnopqrstu"]
-    model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def text_encoder():
-    config = transformers.T5Config(
-        vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
-    return transformers.T5EncoderModel(config).eval()
-
-
-def transformer(**sizes):
-    sizes = dict(dim=32, num_heads=2, depth=1, caption_channels=WIDTH, window=(2, 3)) | sizes
-    model = PTDiTTransformer(**sizes)
-    for name, parameter in model.named_parameters():  # what starts at zero would hide all else
-        if "zero" in name or "proj" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def image_vae(**changes):
-    """Halves the sides."""
-    settings = dict(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.5,
-    )
-    return diffusers.AutoencoderKL(**settings | changes).eval()
-
-
-def video_vae():
-    """A quarter of each side, and one latent frame for every four after the first."""
-    return diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[2.0, 1.0, 0.5, 1.5],
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
-    ).eval()
-
-
-def pipeline(**components):
-    made = dict(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer)
-    made |= dict(vae=image_vae, scheduler=FLOW.scheduler)
-    pipe = PTDiTPipeline(**{name: components.get(name) or make() for name, make in made.items()})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def images():
     torch.manual_seed(0)
     return pipeline()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # The component
@@ -137,114 +59,6 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
     transformer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="caption"):
         PTDiTTransformer.from_pretrained(tmp_path, caption_channels=8, low_cpu_mem_usage=True)
-
-
-# Autoencoders
-
-
-def test_images_are_coded_frame_by_frame():
-    vae = image_vae()
-    assert compression(vae) == (1, 2)
-    pixels = torch.rand(2, 3, 3, 8, 12) * 2 - 1
-    with torch.no_grad():
-        latents = encode(vae, pixels, seeded())
-        first = vae.encode(pixels[:, :, 0]).latent_dist.sample(seeded())
-        video = decode(vae, latents)
-        assert latents.shape == (2, 4, 3, 4, 6)
-        assert video.shape == pixels.shape
-        torch.testing.assert_close(latents[:, :, 0], first * 0.5)
-        torch.testing.assert_close(video[:, :, 0], vae.decode(first).sample)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: diffusers.AutoencoderTiny(
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1),
-            num_decoder_blocks=(1, 1),
-        ),
-        lambda: diffusers.AutoencoderDC(
-            latent_channels=4,
-            attention_head_dim=4,
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1),
-            encoder_block_types="ResBlock",
-            decoder_block_types="ResBlock",
-            encoder_qkv_multiscales=((), ()),
-            decoder_qkv_multiscales=((), ()),
-        ),
-    ],
-    ids=["tiny", "dc"],
-)
-def test_autoencoders_without_a_distribution(make):
-    vae = make().eval()
-    pixels = torch.rand(2, 3, 2, 8, 12)
-    with torch.no_grad():
-        latents = encode(vae, pixels)
-        assert latents.shape == (2, 4, 2, 4, 6)
-        assert decode(vae, latents).shape == pixels.shape
-
-
-def test_an_autoencoder_that_does_not_say_is_named():
-    with torch.device("meta"):
-        vae = diffusers.AutoencoderKLTemporalDecoder()  # wants num_frames, too
-    with pytest.raises(ValueError, match="AutoencoderKLTemporalDecoder does not say how much"):
-        compression(vae)
-
-
-def test_videos_are_coded_whole():
-    vae = video_vae()
-    assert compression(vae) == (4, 4)
-    pixels = torch.rand(2, 3, 5, 8, 12) * 2 - 1
-    mean, std = (
-        torch.tensor(vae.config[f"latents_{name}"])[:, None, None, None] for name in ("mean", "std")
-    )
-    with torch.no_grad():
-        latents = encode(vae, pixels, seeded())
-        raw = vae.encode(pixels).latent_dist.sample(seeded())
-        video = decode(vae, latents)
-        assert latents.shape == (2, 4, 2, 2, 3)
-        assert video.shape == pixels.shape
-        torch.testing.assert_close(latents, (raw - mean) / std)
-        torch.testing.assert_close(video, vae.decode(raw).sample)
-
-
-@pytest.mark.parametrize(
-    ("changes", "scale", "shift"),
-    [
-        (dict(scaling_factor=0.5, shift_factor=0.25), 2, 0.25),
-        (dict(latents_mean=(1, 2, 3, 4), latents_std=(2, 2, 2, 2), scaling_factor=0.5), 4, None),
-    ],
-    ids=["shift", "mean"],
-)
-def test_every_name_of_the_normalisation_is_known(changes, scale, shift):
-    vae = image_vae(**changes)
-    latents = torch.randn(1, 4, 1, 2, 3)
-    mean = torch.tensor([1.0, 2, 3, 4])[:, None, None] if shift is None else shift
-    with torch.no_grad():
-        expected = vae.decode(latents[:, :, 0] * scale + mean).sample
-        torch.testing.assert_close(decode(vae, latents)[:, :, 0], expected)
-
-
-@pytest.mark.parametrize(
-    ("make", "factors"),
-    [
-        (lambda: diffusers.AutoencoderKL(block_out_channels=(32,) * 1), (1, 1)),
-        (lambda: diffusers.AutoencoderKL.from_config(dict(block_out_channels=(32,) * 4)), (1, 8)),
-        (diffusers.AutoencoderKLCogVideoX, (4, 8)),
-        (diffusers.AutoencoderKLWan, (4, 8)),
-        (diffusers.AutoencoderKLLTXVideo, (8, 32)),
-        (diffusers.AutoencoderTiny, (1, 8)),
-    ],
-    ids=["kl-1", "kl-8", "cogvideox", "wan", "ltx", "tiny"],
-)
-def test_the_compression_of_known_autoencoders(make, factors):
-    with torch.device("meta"):
-        assert compression(make()) == factors
 
 
 # The pipeline

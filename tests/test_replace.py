@@ -1,10 +1,7 @@
 """Attention of diffusers' and timm's models, replaced by ProxyAttention and restored."""
 
 import copy
-import importlib.util
 import pickle
-import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from torch import nn
 import ptattn
 from ptattn.layers import ZeroLinear
 
-DIM, HEADS = 24, 3
+from .hosts import DIM, HEADS, DiT, PixArt, ViT, import_timm, train, wake
 
 
 @pytest.fixture(scope="module")
@@ -23,111 +20,7 @@ def diffusers():
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm's vision transformers. timm imports torchvision for its data and for a norm of
-    convolutional networks; where torchvision is missing, nothing in this file needs it."""
-    names = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("torchvision") is None:
-            for name in names:
-                patch.setitem(sys.modules, f"torchvision{name}", mock.MagicMock())
-        return pytest.importorskip("timm.models.vision_transformer")
-
-
-def wake(model):
-    """Give the layers that start at zero weights."""
-    for layer in model.modules():
-        if isinstance(layer, ZeroLinear):
-            nn.init.normal_(layer.weight, std=0.2)
-    return model
-
-
-class PixArt:
-    """A tiny PixArt-α of diffusers; images of 6 x 10 tokens."""
-
-    grid = (6, 10)
-    found = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
-
-    @staticmethod
-    def make(library, layers=2):
-        model = library.PixArtTransformer2DModel(
-            num_attention_heads=HEADS,
-            attention_head_dim=DIM // HEADS,
-            num_layers=layers,
-            cross_attention_dim=DIM,
-            caption_channels=10,
-            sample_size=16,
-            norm_num_groups=1,
-        )
-        # Positions, as the model is made, are hardly seen; the modulation must be seen too.
-        for block in model.transformer_blocks:
-            nn.init.normal_(block.scale_shift_table)
-        return model.double()
-
-    @staticmethod
-    def run(model, grid=grid):
-        generator = torch.Generator().manual_seed(1)
-        latents, text = (
-            torch.randn(*shape, dtype=torch.float64, generator=generator)
-            for shape in ((2, 4, 2 * grid[0], 2 * grid[1]), (2, 5, 10))
-        )
-        times = torch.tensor([3, 700])
-        return model(latents, encoder_hidden_states=text, timestep=times, return_dict=False)[0]
-
-
-class DiT:
-    """A tiny DiT of diffusers, which takes square images only."""
-
-    grid = (6, 6)
-    found = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
-
-    @staticmethod
-    def make(library):
-        model = library.DiTTransformer2DModel(
-            num_attention_heads=HEADS,
-            attention_head_dim=DIM // HEADS,
-            num_layers=2,
-            sample_size=16,
-            norm_num_groups=1,
-        )
-        return model.double()
-
-    @staticmethod
-    def run(model, grid=grid):
-        generator = torch.Generator().manual_seed(1)
-        latents = torch.randn(2, 4, *(2 * n for n in grid), generator=generator).double()
-        labels, times = torch.tensor([5, 6]), torch.tensor([3, 700])
-        model.eval()  # else labels are dropped at random
-        return model(latents, times, labels, return_dict=False)[0]
-
-
-class ViT:
-    """A tiny vision transformer of timm; images of 4 x 6 patches."""
-
-    grid = (4, 6)
-    found = ("blocks.0.attn", "blocks.1.attn")
-
-    @staticmethod
-    def make(library, **options):
-        options = dict(class_token=False, global_pool="avg", qkv_bias=True) | options
-        model = library.VisionTransformer(
-            img_size=(32, 48),
-            patch_size=8,
-            embed_dim=DIM,
-            depth=2,
-            num_heads=HEADS,
-            num_classes=5,
-            dynamic_img_size=True,
-            **options,
-        )
-        for block in model.blocks:
-            nn.init.normal_(block.norm1.weight)
-            nn.init.normal_(block.norm1.bias)
-        return model.double()
-
-    @staticmethod
-    def run(model, grid=grid):
-        generator = torch.Generator().manual_seed(1)
-        return model(torch.randn(2, 3, *(8 * n for n in grid), generator=generator).double())
+    return import_timm()
 
 
 HOSTS = {PixArt: "diffusers", DiT: "diffusers", ViT: "timm"}
@@ -451,19 +344,6 @@ def test_what_the_new_attention_cannot_honour(pixart):
 # Life after the swap.
 
 
-def train(model, run):
-    """The losses of a few steps towards an output of ones."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = (run(model) - 1).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def test_trains_and_its_weights_load_into_a_fresh_model(host, model):
     fresh = copy.deepcopy(model)
     ptattn.replace_attention(model, window=(2, 3))
@@ -530,56 +410,3 @@ def test_lora(pixart):
             assert [n for n in learned if "blocks.0.attn1" in n and f"{half}.{projection}." in n]
     merged = adapted.merge_and_unload()
     assert ptattn.restore_attention(merged) == PixArt.found
-
-
-# timm's `attn_layer`.
-
-
-def test_timm_makes_it(timm):
-    attn_layer = ptattn.ProxyAttention.for_grid((4, 6), window=(2, 3), proxy_window=(2, 2))
-    model = ViT.make(timm, attn_layer=attn_layer)
-    attn = model.blocks[1].attn
-    assert isinstance(attn, ptattn.ProxyAttention)
-    assert (attn.grid, attn.window, attn.proxy_window) == ((1, 4, 6), (1, 2, 3), (1, 2, 2))
-    # timm fills every linear layer, and these too, before it asks for init_weights().
-    assert not attn.global_interaction.zero.weight.any()
-    assert not attn.texture_complement.zero.weight.any()
-    losses = train(model, ViT.run)
-    assert losses[-1] < losses[0]
-
-
-def test_a_timm_model_copies_and_pickles(timm):
-    model = ViT.make(timm, attn_layer=ptattn.ProxyAttention.for_grid((4, 6), window=(2, 3)))
-    out = ViT.run(wake(model))
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(ViT.run(twin), out)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(qk_norm=True), "no qk_norm"),
-        (dict(scale_attn_norm=True), "no scale_norm"),
-        (dict(proj_bias=False), "no proj_bias=False"),
-        (dict(attn_drop_rate=0.1, proj_drop_rate=0.1), "no attn_drop, proj_drop"),
-        (dict(embed_dim=25), "multiple of num_heads"),
-    ],
-)
-def test_timm_options_that_it_has_not(timm, options, message):
-    attn_layer = ptattn.ProxyAttention.for_grid((4, 6), window=(2, 3))
-    options = dict(embed_dim=DIM, num_heads=HEADS, depth=1, attn_layer=attn_layer) | options
-    with pytest.raises(ValueError, match=message):
-        timm.VisionTransformer(**options)
-
-
-def test_tokens_that_lie_on_no_grid(timm):
-    attn_layer = ptattn.ProxyAttention.for_grid((4, 6), window=(2, 3))
-    model = ViT.make(timm, attn_layer=attn_layer, class_token=True)
-    with pytest.raises(ValueError, match=r"25 tokens, but grid \(1, 4, 6\) has 24: class and"):
-        ViT.run(model)
-
-
-@pytest.mark.parametrize("arguments", [((4, 0),), ((4, 6), (0, 2))], ids=["grid", "window"])
-def test_for_grid_checks_at_once(arguments):
-    with pytest.raises(ValueError, match=">= 1"):
-        ptattn.ProxyAttention.for_grid(*arguments)
