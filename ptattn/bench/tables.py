@@ -79,8 +79,8 @@ def ceilings(result: Result) -> str:
     """What the machine does at best."""
     copy, products = result.rates["copy"], result.rates["products"]
     return (
-        f"Measured here: a copy at {_digits(copy / 1e9)} GB/s, a product of matrices at "
-        f"{_digits(products / 1e12)} TFLOP/s, an operation with nothing to do in "
+        f"Measured here: a copy at {units.digits(copy / 1e9)} GB/s, a product of matrices at "
+        f"{units.digits(products / 1e12)} TFLOP/s, an operation with nothing to do in "
         f"{result.rates['launch'] * 1e6:.1f} µs."
     )
 
@@ -99,10 +99,6 @@ def duration(seconds: float) -> str:
         value = seconds * 1e6
         return f"{value:.1f} µs" if value < 99.95 else f"{value:.0f} µs"
     return units.seconds(seconds)
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 Groups = dict[tuple[str, str], list[Row]]
@@ -200,7 +196,7 @@ def _quantiles(row: Row) -> str:
 
 
 def _tokens_per_second(row: Row) -> str:
-    return f"{_digits(row.tokens / row.seconds / 1e3)} k" if row.seconds else ""
+    return f"{units.digits(row.tokens / row.seconds / 1e3)} k" if row.seconds else ""
 
 
 def _lists(result: Result) -> list[tuple[str, list[str]]]:
