@@ -55,7 +55,8 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "safetensors",
-            "peft",  # LoRA on a replaced attention
+            "peft",  # LoRA
+            "torchao",  # quantized weights
             "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
             "setuptools>=70.1",  # builds the wheel under test without network or `wheel`
             *BENCH,

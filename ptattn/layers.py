@@ -174,6 +174,10 @@ class GlobalInteraction(nn.Module):
         self.register_buffer("folded_weight", weight, persistent=False)
         self.register_buffer("folded_bias", bias, persistent=False)
 
+    @property
+    def foldable(self) -> bool:
+        return is_plain(self.zero) and is_plain(self.cross_attn.proj)
+
     def unfold(self) -> None:
         for name in ("folded_weight", "folded_bias"):
             self.register_buffer(name, None, persistent=False)
@@ -192,7 +196,7 @@ class GlobalInteraction(nn.Module):
         _, p = Residual(proxies).norm(modulation, backend)
         gate = None if modulation is None else modulation.gate
         _, p = Residual(proxies, self.proxy_attn(p), gate).norm(None, backend)
-        if self.folded_weight is None:
+        if self.folded_weight is None or not self.foldable:
             return self.zero(self.cross_attn(normed, p))
         return F.linear(self.cross_attn.attend(normed, p), self.folded_weight, self.folded_bias)
 
@@ -251,11 +255,17 @@ class TextureComplement(nn.Module):
         """Z · (gate · projection of x)."""
         proj, zero = self.shifted_attn.proj, self.zero
         # One matrix per sample costs C products for each channel, two layers one for each token.
-        if self.folds and gate is not None and x.shape[1] > 2 * x.shape[2]:
+        if self.folds and self.foldable and gate is not None and x.shape[1] > 2 * x.shape[2]:
             weight, bias = fold_linear(zero.weight * gate[:, None], zero.bias, proj)
+            if x.shape[0] == 1:  # the batched product copies its bias to every token first
+                return F.linear(x, weight[0], bias[0])
             return torch.baddbmm(bias[:, None], x, weight.mT)
         x = proj(x)
         return zero(x) if gate is None else gated_linear(x, gate, zero)
+
+    @property
+    def foldable(self) -> bool:
+        return is_plain(self.zero) and is_plain(self.shifted_attn.proj)
 
 
 def fold_linear(weight: Tensor, bias: Tensor, inner: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -267,9 +277,15 @@ def fold_linear(weight: Tensor, bias: Tensor, inner: nn.Linear) -> tuple[Tensor,
 def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
     """linear(gate · x): of one sample, where its tokens outnumber its channels, the gate scales the
     weights instead, which is no pass over the tokens."""
-    if x.shape[0] == 1 and x.shape[1] > x.shape[2]:
+    if x.shape[0] == 1 and x.shape[1] > x.shape[2] and is_plain(linear):
         return F.linear(x, linear.weight * gate, linear.bias)
     return linear(gate[:, None] * x)
+
+
+def is_plain(layer: nn.Module | None) -> bool:
+    """Whether it does what its weight and bias say and nothing more, as LoRA's layers do, and its
+    weight is a plain tensor, which a quantized one is not."""
+    return type(layer) in (nn.Linear, ZeroLinear) and type(layer.weight) is nn.Parameter
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

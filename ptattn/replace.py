@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .geometry import WindowGrid
+from .layers import is_plain
 from .proxy_attention import ProxyAttention
 
 
@@ -210,7 +211,9 @@ def _diffusers_obstacles(old: Any) -> dict[str, bool]:
         "cross-attention": old.is_cross_attention,
         "joint attention with another stream": old.added_kv_proj_dim is not None,
         "projections fused, call unfuse_qkv_projections() first": old.fused_projections,
-        NOT_LINEAR: not _plain(old.to_q, old.to_k, old.to_v, *(old.to_out or [None])[:1]),
+        NOT_LINEAR: not all(
+            map(is_plain, (old.to_q, old.to_k, old.to_v, *(old.to_out or [None])[:1]))
+        ),
         WIDTHS: {old.inner_dim, old.inner_kv_dim, old.out_dim} != {old.query_dim},
         NORMS: (old.norm_q, old.norm_k, old.group_norm, old.spatial_norm) != (None,) * 4,
         SCALE: not _usual_scale(old.scale, old.inner_dim // old.heads),
@@ -230,7 +233,7 @@ def _diffusers_weights(old: Any) -> _Weights:
 
 
 def _timm_obstacles(old: Any) -> dict[str, bool]:
-    plain = _plain(old.qkv, old.proj)
+    plain = is_plain(old.qkv) and is_plain(old.proj)
     norms = (old.q_norm, old.k_norm, getattr(old, "norm", None))
     dim = old.proj.weight.shape[0] if plain else 0
     return {
@@ -275,10 +278,6 @@ def _obstacles(module: nn.Module) -> list[str]:
 
 def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _plain(*layers: nn.Module | None) -> bool:
-    return all(type(layer) is nn.Linear for layer in layers)
 
 
 def _usual_scale(scale: float, head_dim: int) -> bool:

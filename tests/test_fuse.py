@@ -125,3 +125,53 @@ def test_refusals():
     for name, t in model.state_dict().items():
         assert torch.equal(t, weights[name]), name
     model.unfuse().load_state_dict(others)
+
+
+class Adapted(torch.nn.Linear):
+    """As LoRA's layers, adds something of its own to what its weight says."""
+
+    def forward(self, x):
+        return super().forward(x) + x.flip(-1)
+
+
+class Quantized(torch.nn.Parameter):
+    """As torchao's weights, knows linear layers and no arithmetic."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func is not torch.Tensor.mul, "a quantized weight cannot be scaled"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def adapt(layer):
+    adapted = Adapted(layer.in_features, layer.out_features)
+    adapted.weight, adapted.bias = layer.weight, layer.bias
+    return adapted
+
+
+def quantize(layer):
+    layer.weight = Quantized(layer.weight.detach())
+    return layer
+
+
+@each_name
+@pytest.mark.parametrize("change", [adapt, quantize])
+def test_layers_that_are_more_than_their_weights(name, change):
+    """Their own forward counts: whatever the batch, unfused, or put in after fusing."""
+    model, inputs, condition = model_and_inputs(name, SIDES["many tokens"])
+    one, first = [t[:1] for t in inputs], {k: t[:1] for k, t in condition.items()}
+    fused = copy.deepcopy(model).fuse_for_inference()
+    with torch.no_grad():
+        before = model(*one, **first)
+        for each in (model, fused):
+            for block in each.blocks:
+                for half in (block.global_interaction, block.texture_complement):
+                    half.zero = change(half.zero)
+        expected = model(*inputs, **condition)[:1]
+        for each in (model, fused):
+            torch.testing.assert_close(each(*one, **first), expected, rtol=1e-4, atol=1e-4)
+        changed = (expected - before).abs().max() > 0.1
+    assert changed == (change is adapt)
+    with pytest.raises(RuntimeError, match=r"blocks.0.global_interaction cannot be fused: .*LoRA"):
+        model.fuse_for_inference()
+    assert not model.fused

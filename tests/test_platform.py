@@ -1,4 +1,4 @@
-"""The models within torch: compile, autocast, activation checkpointing, copies, sharding."""
+"""The models within torch: compile, autocast, checkpointing, copies, LoRA, int8, sharding."""
 
 import copy
 import io
@@ -197,6 +197,45 @@ def test_copies_compute_the_same(name):
     loaded.load_state_dict(torch.load(file, weights_only=True))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert same_bits(gradients(other, inputs), expected)
+
+
+# LoRA and quantized weights.
+
+
+@pytest.mark.parametrize("name", ["pt-dit-xl", "pt-dit-s-class"])
+def test_lora_on_every_linear_layer(name):
+    """One sample, whose gates may scale weights, has what it has in a batch; merging changes it
+    no more, and what is merged can be fused."""
+    peft = pytest.importorskip("peft")
+    model = tiny(name).eval()
+    layers = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    lora = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+    inputs = batch_for(model, 18, 26)
+    adapted = peft.get_peft_model(model, lora).eval()
+    with torch.no_grad():
+        expected = adapted(**inputs)
+        single = adapted(**{key: value[:1] for key, value in inputs.items()})
+        torch.testing.assert_close(single, expected[:1], rtol=1e-4, atol=1e-5)
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(**inputs), expected, rtol=1e-2)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs), expected, rtol=1e-4, atol=1e-5)
+        merged.fuse_for_inference()
+        torch.testing.assert_close(merged(**inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantized_weights(name):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny(name).eval()
+    inputs = batch_for(model, 18, 26)
+    with torch.no_grad():
+        expected = model(**inputs)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        out = model(**inputs)
+        single = model(**{key: value[:1] for key, value in inputs.items()})
+    assert 0 < (out - expected).norm() < 0.1 * expected.norm()
+    torch.testing.assert_close(single, out[:1], rtol=1e-4, atol=1e-5)
 
 
 # Sharding.

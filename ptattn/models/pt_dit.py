@@ -102,12 +102,19 @@ class PTDiT(nn.Module):
             The model.
 
         Raises:
-            RuntimeError: in training mode, or fused already.
+            RuntimeError: in training mode, fused already, or with layers that do more than their
+                weights say, such as LoRA's, or whose weights are quantized.
         """
         if self.training:
             raise RuntimeError("fuse_for_inference is for inference: call model.eval() first")
         if self.fused:
             raise RuntimeError("the model is fused already")
+        for name, module in self.named_modules():
+            if isinstance(module, GlobalInteraction | TextureComplement) and not module.foldable:
+                raise RuntimeError(
+                    f"{name} cannot be fused: its last layers are not plain nn.Linear with plain "
+                    "weights. Merge what LoRA adds; quantized weights cannot be fused"
+                )
         self._fuse(True)
         return self
 
