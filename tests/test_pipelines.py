@@ -7,7 +7,7 @@ import pytest
 import torch
 
 # First, as it skips this module where diffusers is missing.
-from .components import diffusers, image_vae, pipeline, seeded, transformer, video_vae  # isort: skip
+from .components import WIDTH, diffusers, image_vae, pipeline, seeded, transformer, video_vae  # isort: skip
 
 from ptattn import checkpoint
 from ptattn.flow import FLOW, V, resolution_shift, sample
@@ -53,6 +53,38 @@ def test_the_component_and_the_checkpoint_read_each_other_s_folders(tmp_path):
             torch.testing.assert_close(*states, rtol=0, atol=0)
     half = PTDiTTransformer.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
+
+
+def test_the_component_trains_as_diffusers_models_do(tmp_path):
+    """Checkpointed by diffusers' name, and with an adapter that is saved and loaded."""
+    peft = pytest.importorskip("peft")
+    model = transformer(depth=2)
+    inputs = torch.randn(1, 4, 8, 12), torch.tensor([500.0]), torch.randn(1, 5, WIDTH)
+    assert not model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing
+    assert model.blocks.checkpointed
+    with pytest.raises(ValueError, match="must be None"):
+        model.enable_gradient_checkpointing(lambda module, *args: module(*args))
+    plain = model(*inputs)
+    twin = transformer(depth=2)
+    twin.load_state_dict(model.state_dict())
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "q", "kv", "proj", "zero"]))
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == ("lora" in name)
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    adapted = model(*inputs)
+    assert not torch.allclose(adapted, plain, rtol=1e-2)
+    adapted.sum().backward()
+    assert all(w.grad.any() for w in model.parameters() if w.requires_grad)
+    model.save_lora_adapter(tmp_path)
+    twin.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    torch.testing.assert_close(twin(*inputs), adapted)
+    model.disable_gradient_checkpointing()
+    assert not model.is_gradient_checkpointing
+    model.disable_adapters()
+    torch.testing.assert_close(model(*inputs), plain)
 
 
 def test_weights_of_another_configuration_are_refused(tmp_path):

@@ -91,6 +91,16 @@ def test_no_resolution_past_the_second_compiles():
     assert counts == [1, 2, 2]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_with_any_batch(name):
+    model = tiny(name).eval()
+    inputs = batch_for(model, 6, 10)
+    batch = {key: {0: torch.export.Dim("batch", min=2)} for key in inputs}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=batch).module()
+    more = batch_for(model, 6, 10, batch=3)
+    torch.testing.assert_close(exported(**more), model(**more))
+
+
 # Autocast.
 
 

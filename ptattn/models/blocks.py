@@ -226,6 +226,10 @@ class Blocks(nn.ModuleList):
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
         self._checkpoint = options if enabled else None
 
+    @property
+    def checkpointed(self) -> bool:
+        return self._checkpoint is not None
+
     def forward(self, stream: Residual, *others: Any) -> Residual:
         """`others` go to every block."""
         for block in self:

@@ -7,12 +7,14 @@ from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 
 from ..models import ModelConfig, PTDiT
 
 
-class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin):
-    """A PTDiT with diffusers' `from_pretrained` and `save_pretrained`.
+class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A PTDiT with what diffusers' models have: `from_pretrained` and `save_pretrained`, adapters
+    (`add_adapter`, `load_lora_adapter` and so on, by peft), `enable_gradient_checkpointing`.
 
     The weights have PTDiT's names, so `from_pretrained` reads what `ptattn.checkpoint.save_model`
     and `ptattn convert` write, and `ptattn.checkpoint.load_model` what `save_pretrained` writes.
@@ -40,3 +42,18 @@ class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin):
         ]
     )
     __init__ = register_to_config(__init__)
+
+    _supports_gradient_checkpointing = True
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: None = None) -> None:
+        """`blocks.checkpoint()` by diffusers' name; it takes no function of another kind."""
+        if gradient_checkpointing_func is not None:
+            raise ValueError("gradient_checkpointing_func must be None: the blocks bring their own")
+        self.blocks.checkpoint()
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.blocks.checkpoint(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.blocks.checkpointed
