@@ -282,7 +282,7 @@ def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
     return linear(gate[:, None] * x)
 
 
-def is_plain(layer: nn.Module | None) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether it does what its weight and bias say and nothing more, as LoRA's layers do, and its
     weight is a plain tensor, which a quantized one is not."""
     return type(layer) in (nn.Linear, ZeroLinear) and type(layer.weight) is nn.Parameter

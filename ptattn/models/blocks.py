@@ -91,7 +91,8 @@ class TimestepEmbed(nn.Module):
         steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
         angle = timestep.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].bias.dtype))  # a weight may be quantized
+        first: Any = self.mlp[0]
+        return self.mlp(features.to(first.bias.dtype))  # its weight may be quantized
 
 
 class Condition(NamedTuple):
