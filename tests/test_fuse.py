@@ -27,9 +27,11 @@ def model_and_inputs(name, latents=(16, 12), dtype=torch.float32, **overrides):
 @each_name
 @pytest.mark.parametrize("latents", SIDES.values(), ids=SIDES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_same_output(name, latents, dtype):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_same_output(name, latents, dtype, batch):
     """No further from the exact output than the model that is not fused."""
     model, inputs, condition = model_and_inputs(name, latents, dtype)
+    inputs, condition = [t[:batch] for t in inputs], {k: t[:batch] for k, t in condition.items()}
     with torch.no_grad():
         eager = model(*inputs, **condition)
         exact = copy.deepcopy(model).double()
