@@ -42,14 +42,20 @@ def kernels(quick: bool) -> list[Measurable]:
     return [Measured(case) for case in op_cases.cases(quick)]
 
 
-def models(quick: bool) -> list[Measurable]:
-    """Blocks at equal width, then the models of the figures; what decides most comes first."""
+def blocks(quick: bool) -> list[Measurable]:
+    """At equal width."""
     if quick:
         return [*command.model_cases("block", ["pt-dit-b", "dit-b"], [Size(512)], TASKS, SETTINGS)]
-    blocks = command.model_cases("block", FIGURES[3:6], FIGURE_SIZES[2:5], TASKS, SETTINGS)
+    return [*command.model_cases("block", FIGURES[3:6], FIGURE_SIZES[2:5], TASKS, SETTINGS)]
+
+
+def models(quick: bool) -> list[Measurable]:
+    """Of the figures."""
+    if quick:
+        return []
     whole = command.model_cases("model", FIGURES, FIGURE_SIZES, [FORWARD], SETTINGS)
     training = command.model_cases("model", FIGURES, FIGURE_SIZES[:3], TASKS[1:], SETTINGS)
-    return [*blocks, *whole, *training]
+    return [*whole, *training]
 
 
 def select(cases: Sequence[Measurable], only: str | None) -> list[Measurable]:
@@ -61,9 +67,11 @@ def select(cases: Sequence[Measurable], only: str | None) -> list[Measurable]:
 def found(quick: bool, only: str | None, bench: Bench) -> Iterator[list[Row]]:
     now = time.monotonic()
     first = replace(bench, deadline=now + KERNELS * (bench.deadline - now))
+    eager = replace(bench, compiled=False)  # to compile dozens of blocks takes minutes
     return itertools.chain(
         harness.measure(select(kernels(quick), only), first),
-        harness.measure(select(models(quick), only), bench),
+        harness.measure(select(blocks(quick), only), bench),
+        harness.measure(select(models(quick), only), eager),
     )
 
 
@@ -92,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks import tune
 
         return tune.main(deadline, only=args.only)
-    if not select([*kernels(args.quick), *models(args.quick)], args.only):
+    every = [*kernels(args.quick), *blocks(args.quick), *models(args.quick)]
+    if not select(every, args.only):
         print(f"no case matches {args.only!r}", file=sys.stderr)
         return 2
     open_folder(args.out)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ptattn import flops
-from ptattn.bench import contenders, floor, model_run, plots, predict, result, targets
+from ptattn.bench import contenders, floor, harness, model_run, plots, predict, result, targets
 from ptattn.bench.command import FIGURE_SIZES, FIGURES, model_cases
 from ptattn.bench.harness import Bench
 from ptattn.bench.model_run import ModelCase
@@ -161,6 +163,38 @@ def test_crossover_plot() -> None:
     pixels = image.imread(io.BytesIO(png))
     assert 0.005 < (pixels[..., :3].min(axis=-1) < 0.9).mean() < 0.5  # neither empty nor black
     assert plots._crossings([(256, 2.0), (1024, 4.0)], [(256, 1.0), (1024, 8.0)])[0][0] == 512
+
+
+class Compiling:
+    """A case of three contenders that share their code, as compiled ones do."""
+
+    memory = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def measure(self, bench: Bench) -> list[Row]:
+        for times in range(3):
+            call = torch.compile(partial(torch.mul, times), backend="eager", fullgraph=True)
+            call(torch.ones(self.size))
+        return [Row(f"case {self.size}", "forward", "ours", "ours", True)]
+
+    def blank(self, status: str, note: str = "") -> list[Row]:
+        return [Row(f"case {self.size}", "forward", "ours", "ours", True, status, note)]
+
+
+def test_any_number_of_cases_compiles() -> None:
+    rows = [harness.run(Compiling(size), bench()) for size in range(1, 13)]
+    assert [(row.status, row.note) for (row,) in rows] == [(result.OK, "")] * 12
+
+
+def test_a_case_that_would_end_too_late_is_not_begun() -> None:
+    case_of_now = case("block", "forward", *MODELS)
+    hours = dataclasses.replace(RATES, products=1e6)
+    late = dataclasses.replace(bench(), rates=hours, deadline=time.monotonic() + 60)
+    rows = case_of_now.measure(late)
+    assert {row.status for row in rows} == {result.NOT_REACHED}
+    assert "would take some" in rows[0].note
 
 
 # Results and their comparison.

@@ -231,11 +231,11 @@ def test_cases_after_the_deadline_are_listed_not_measured(tmp_path):
 
 
 def test_the_gpu_command_covers_the_kernels_and_the_models_of_the_figures():
-    names = [str(case) for case in gpu.models(quick=False)]
+    names = [str(case) for case in [*gpu.blocks(quick=False), *gpu.models(quick=False)]]
     assert "block 2048 px b1" in names
     assert "model 48×1024 px b1" in names
     assert len(gpu.select(gpu.kernels(quick=False), "window XL 1024")) >= 1
-    assert not gpu.select(gpu.models(quick=True), "no such case")
+    assert not gpu.select(gpu.blocks(quick=True), "no such case")
 
 
 def test_no_gpu(monkeypatch, capsys):

@@ -15,6 +15,8 @@ from .parity import WrongError
 from .result import ERROR, FAILED, NOT_REACHED, SKIPPED, Row
 from .timing import Clock, Rates
 
+GRAPHS = 64  # of one case's contenders
+
 
 def free_memory(device: str) -> int | None:
     """Bytes that could still be taken, those that torch keeps for reuse included."""
@@ -58,14 +60,20 @@ def measure(cases: Sequence[Measurable], bench: Bench) -> Iterator[list[Row]]:
 
 
 def run(case: Measurable, bench: Bench) -> list[Row]:
-    """Check a case and time it; whatever goes wrong becomes its rows' status."""
+    """Check a case and time it; whatever goes wrong becomes its rows' status.
+
+    Compiled contenders share their outermost code, of which torch keeps so many graphs: those of
+    other cases are dropped first.
+    """
+    torch.compiler.reset()
     free = bench.free_memory(bench.device)
     if free is not None and case.memory > free:
         return case.blank(
             SKIPPED, f"needs about {case.memory / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         )
     try:
-        return case.measure(bench)
+        with torch._dynamo.config.patch(cache_size_limit=GRAPHS):
+            return case.measure(bench)
     except WrongError as error:
         return case.blank(FAILED, str(error))
     except torch.OutOfMemoryError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compare import worker
+from ..compare import units, worker
 from ..compare.cases import Entry, Size
 from ..compare.worker import Settings
 from . import baselines, floor, timing
@@ -19,7 +20,7 @@ from .contenders import Contender, Subject, block_subject, contenders, model_sub
 from .floor import FORWARD
 from .harness import Bench, first_line
 from .parity import assert_near
-from .result import FAILED, OK, REFUSED, Row
+from .result import FAILED, NOT_REACHED, OK, REFUSED, Row
 from .timing import Run
 
 YARDSTICK = "21 GEMMs"
@@ -27,6 +28,8 @@ FINER = {torch.float32: torch.float64}  # what the truth is computed in; of 16 b
 # How many tensors of the tokens a step of one block holds; how many copies of the weights there are
 # (as they are, fused, gradients, truth at twice the size); how much larger truth's activations are.
 KEPT, COPIES, FINER_TIMES = 45, 5, 2
+# What measuring a model takes, its contenders, gate and repeats together, over its floor.
+CALLS = 40
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class ModelCase:
         return floor.work(entry.model, self.size, self.task, **sizes).seconds(bench.rates)  # type: ignore[arg-type]
 
     def measure(self, bench: Bench) -> list[Row]:
+        expected = CALLS * sum(self.floor(entry, bench) for entry in self.entries)
+        if time.monotonic() + expected > bench.deadline:
+            return self.blank(NOT_REACHED, f"would take some {units.seconds(expected)}")
         rows: list[Row] = []
         runs: dict[str, Run] = {}
         passed: dict[str, tuple[Entry, Contender, float]] = {}

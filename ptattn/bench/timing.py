@@ -1,17 +1,17 @@
 """Times by quantiles: contenders take turns, so that whatever slows the machine slows them alike.
 
 On a GPU there are events around every call and a cold L2 cache. Calls are queued while the GPU is
-still busy clearing its cache, for at least as long as the host takes to launch them, so that a time
-is the GPU's alone; what the host takes stands beside it.
+kept busy, for at least as long as the host takes to launch them, so that a time is the GPU's alone;
+what the host takes stands beside it.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ Run = Callable[[], Any]
 
 CLEARED = 256 * 2**20  # bytes read before every call: several times the L2 of any GPU so far
 WARM_UP = 3
+CYCLES = 2e9  # of a GPU per second, at most
 # A first run this long needs no second to warm up: what that hides takes some ten milliseconds.
 LONG_RUN = 1.0  # seconds
 
@@ -84,10 +85,14 @@ class GpuClock:
         self._cache = torch.zeros(CLEARED // 4, dtype=torch.float32, device="cuda")
         self._sum = torch.zeros((), device="cuda")
         self._clear()
-        self._clear_seconds = min(self._between(lambda: None, 1, self._clear) for _ in range(5))
 
     def warm_up(self, run: Run) -> float:
-        for _ in range(WARM_UP):
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if time.perf_counter() - begin >= LONG_RUN:
+            return self._host(run)
+        for _ in range(WARM_UP - 1):
             run()
         return min(self._host(run) for _ in range(3))
 
@@ -101,21 +106,21 @@ class GpuClock:
         return seconds
 
     def sample(self, run: Run, host: float) -> float:
-        return self._between(self._clear, self._clears(host), run)
+        return self._between(partial(self._occupy, 1.5 * (host + 20e-6)), run)
 
-    def _clears(self, host: float) -> int:
-        """How often to clear the cache so that the GPU is busy until the host has queued a call."""
-        return min(64, 1 + math.ceil(1.5 * (host + 20e-6) / self._clear_seconds))
+    def _occupy(self, seconds: float) -> None:
+        """Clear the cache, and keep the GPU busy until the host has queued a call."""
+        torch.cuda._sleep(int(seconds * CYCLES))
+        self._clear()
 
     def _clear(self) -> None:
         # By reading: lines that were written would still have to leave the cache during the call.
         torch.sum(self._cache, dim=0, out=self._sum)
 
     @staticmethod
-    def _between(before: Run, times: int, run: Run) -> float:
+    def _between(before: Run, run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(times):
-            before()
+        before()
         start.record()
         run()
         end.record()
@@ -136,13 +141,16 @@ def measure(
     """Time each run, in turns, in an order that moves on by one every round.
 
     A round is repeated for `seconds` in all, but at least and at most so many times as `calls`, by
-    default the clock's.
+    default the clock's; a long round at least three times.
     """
     fewest, most = calls or clock.calls
     hosts = {name: clock.warm_up(run) for name, run in runs.items()}
     begin = time.perf_counter()
     samples = {name: [clock.sample(run, hosts[name])] for name, run in runs.items()}
-    rounds = int(seconds / max(time.perf_counter() - begin, 1e-9))
+    took = time.perf_counter() - begin
+    rounds = int(seconds / max(took, 1e-9))
+    if took > LONG_RUN:
+        fewest = min(fewest, 3)
     names = list(runs)
     for i in range(1, min(max(rounds, fewest), most)):
         start = i % max(1, len(names))
