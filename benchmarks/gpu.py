@@ -29,7 +29,7 @@ from ptattn.bench.floor import FORWARD, TASKS
 from ptattn.bench.harness import Bench, Measurable
 from ptattn.bench.op_run import Measured
 from ptattn.bench.result import Result, Row
-from ptattn.command_line import now, open_folder
+from ptattn.command_line import UsageError, now, open_folder
 from ptattn.compare.cases import Size
 from ptattn.compare.worker import Settings
 
@@ -58,13 +58,12 @@ def models(quick: bool) -> list[Measurable]:
     return [*whole, *training]
 
 
-def select(cases: Sequence[Measurable], only: str | None) -> list[Measurable]:
+def select(cases: Sequence[Measurable], only: re.Pattern[str] | None) -> list[Measurable]:
     """The cases whose name the pattern matches."""
-    pattern = re.compile(only or "")
-    return [case for case in cases if pattern.search(str(case))]
+    return [case for case in cases if only is None or only.search(str(case))]
 
 
-def found(quick: bool, only: str | None, bench: Bench) -> Iterator[list[Row]]:
+def found(quick: bool, only: re.Pattern[str] | None, bench: Bench) -> Iterator[list[Row]]:
     now = time.monotonic()
     first = replace(bench, deadline=now + KERNELS * (bench.deadline - now))
     eager = replace(bench, compiled=False)  # to compile dozens of blocks takes minutes
@@ -83,7 +82,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     parser.add_argument("--quick", action="store_true", help="few cases, short times")
-    parser.add_argument("--only", metavar="PATTERN", help="cases whose name matches")
+    parser.add_argument("--only", metavar="PATTERN", type=command.pattern,
+                        help="cases whose name matches")  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds (%(default)s)")
     parser.add_argument("--tune", action="store_true", help="find tile sizes instead")
     return parser.parse_args(argv)
@@ -102,9 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tune.main(deadline, only=args.only)
     every = [*kernels(args.quick), *blocks(args.quick), *models(args.quick)]
     if not select(every, args.only):
-        print(f"no case matches {args.only!r}", file=sys.stderr)
+        print(f"no case matches {args.only.pattern!r}", file=sys.stderr)
         return 2
-    open_folder(args.out)
+    try:
+        open_folder(args.out)
+    except UsageError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 2
     clock = timing.GpuClock()
     rates = timing.rates(clock, "cuda")
     torch.cuda.empty_cache()

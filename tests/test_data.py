@@ -1,6 +1,7 @@
 """Data sources, the user's own folders with all that is wrong in them, and the stream of a run."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -108,6 +109,33 @@ def test_folders_that_hold_nothing_of_use(tmp_path):
         data.load(make("images", CLASSES, folder=str(tmp_path)))
     with pytest.raises(ValueError, match="cannot read the captions"):
         data.load(make("images", TEXT, folder=str(tmp_path)))
+
+
+def test_videos_stand_upright(tmp_path):
+    """As phones write them: lying, with a matrix in the track's header that turns them right."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "video.mp4"
+    lying = np.zeros((32, 64, 3), np.uint8)
+    lying[:, :32, 0] = 255  # the left half is red
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for frame in (av.VideoFrame.from_ndarray(lying, format="rgb24"), None):
+            file.mux(stream.encode(frame))
+    written = path.read_bytes()
+    straight, clockwise = (
+        struct.pack(">9i", *matrix)
+        for matrix in (
+            (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
+            (0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30),
+        )
+    )
+    place = written.index(straight, written.index(b"tkhd"))
+    path.write_bytes(written[:place] + clockwise + written[place + len(straight) :])
+    (frame,) = data.pixels.read_video(path, 3, (32, 16))
+    red = frame[0].float()
+    assert red[:14].mean() > 200
+    assert red[18:].mean() < 50
 
 
 def test_videos(tmp_path, monkeypatch):

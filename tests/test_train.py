@@ -107,6 +107,12 @@ def start(code, *arguments, **environment):
         ({"shift": "far"}, 'shift must be float or null; got "far"'),
         ({"model__in_channels": 4}, "model.in_channels must be 1 (grey) or 3 (colour); got 4"),
         ({"samples__count": 0}, "samples.count must be positive; got 0"),
+        (
+            {"model__in_channels": 3, "model__out_channels": 2},
+            "must be at least model.in_channels, 3",
+        ),
+        ({"shift": -1.0}, "shift must be positive; got -1"),
+        ({"objective": "v", "shift": 2.0}, "shift must be null or 1 with objective v; got 2.0"),
     ],
 )
 def test_what_a_configuration_cannot_hold_is_named(values, message):

@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
     )  # fmt: skip
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
     ops = _add(kinds, "ops", "the operations, against torch's own and the time floor", _ops)
-    ops.add_argument("--only", metavar="PATTERN", type=_pattern, default=re.compile(""),
+    ops.add_argument("--only", metavar="PATTERN", type=pattern, default=re.compile(""),
                      help="operations whose name matches, such as 'window XL 1024'")  # fmt: skip
     _add_measuring(ops, 120.0)
     ops.set_defaults(dtype="bf16")  # whatever the machine: its cases are the kernels'
@@ -112,7 +112,7 @@ def _add_measuring(parser: argparse.ArgumentParser, budget: float) -> None:
     add("--seconds", type=number, help="for a task at a size, all contenders together "
         f"(default: {SECONDS['cuda']} on a GPU, {SECONDS['cpu']:.0f} on the CPU)")  # fmt: skip
     add("--budget", type=number, metavar="SECONDS", default=budget,
-        help="after which no case begins (default: %(default)s)")  # fmt: skip
+        help="what would end after it is not begun (default: %(default)s)")  # fmt: skip
 
 
 def _ops(options: argparse.Namespace, command: str) -> int:
@@ -216,7 +216,7 @@ def _size(text: str) -> Size:
     return size
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:

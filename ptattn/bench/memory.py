@@ -24,7 +24,7 @@ from ..models import PTDiT, create_model, find_model, get_config, list_models
 from ..paper import TRAINING_MEMORY
 from .floor import TRAINING
 from .harness import first_line, free_memory
-from .result import OK, PREDICTED, SKIPPED, Row
+from .result import ERROR, OK, PREDICTED, SKIPPED, Row
 
 KIND = "memory"
 SIDE = 512  # pixels, as in the paper's table
@@ -171,3 +171,5 @@ def _measured(row: Row, *case: Any) -> Row:
         return replace(row, status=OK, peak=measure(*case))
     except torch.OutOfMemoryError as error:
         return replace(row, status=SKIPPED, peak=None, note=first_line(error))
+    except Exception as error:  # the others of the table must survive it
+        return replace(row, status=ERROR, peak=None, note=first_line(error))

@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
     )  # fmt: skip
     sample.add_argument("--count", type=count, default=1, help="pictures of each (default: 1)")
     sample.add_argument("--steps", type=count, help="of the sampler (default: the run's)")
-    sample.add_argument("--guidance", type=float, help="1 is none (default: the run's)")
+    sample.add_argument("--guidance", type=number, help="1 is none (default: the run's)")
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     sample.add_argument(
         "--out", metavar="FILE", default="sample",
@@ -62,7 +62,11 @@ def _train(options: argparse.Namespace, command: str) -> int:
 
         config = configs.read(options.config)
         folder = Path(options.out or Path("runs") / Path(options.config).stem)
-        train(config, folder, minutes=options.minutes)
+        try:
+            train(config, folder, minutes=options.minutes)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            raise
     return 0
 
 
@@ -107,6 +111,3 @@ def _clear_errors() -> Iterator[None]:
         yield
     except (ArithmeticError, ImportError, MemoryError, OSError, ValueError) as error:
         raise UsageError(str(error)) from error
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise

@@ -116,7 +116,7 @@ class Config:
     def __post_init__(self) -> None:
         _positive(
             self, "steps", "batch_size", "accumulation", "save_every", "sample_every", "clip",
-            "learning_rate",
+            "learning_rate", "shift",
         )  # fmt: skip
         _one_of(self, architecture=ARCHITECTURES, objective=OBJECTIVES, precision=PRECISIONS)
         for name in ("ema", "drop_condition"):
@@ -129,6 +129,13 @@ class Config:
             raise ValueError(
                 f"model.in_channels must be 1 (grey) or 3 (colour); got {self.model.in_channels}"
             )
+        if self.model.out_channels < self.model.in_channels:
+            raise ValueError(
+                f"model.out_channels must be at least model.in_channels, {self.model.in_channels}; "
+                f"got {self.model.out_channels}"
+            )
+        if self.objective == "v" and self.shift not in (None, 1):
+            raise ValueError(f"shift must be null or 1 with objective v; got {self.shift}")
         if self.architecture == "dit" and self.model.num_classes is None:
             raise ValueError("architecture dit takes classes: give model.num_classes")
         if any(side % self.model.patch_size for side in self.data.size):

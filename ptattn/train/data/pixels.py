@@ -51,6 +51,7 @@ def read_video(path: Path, channels: int, size: tuple[int, int]) -> Iterator[Ten
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                yield fit(frame.to_image(), channels, size)
+                upright = frame.to_image().rotate(frame.rotation, expand=True)
+                yield fit(upright, channels, size)
     except (av.error.FFmpegError, IndexError) as error:  # IndexError: no video in it
         raise ValueError(f"cannot be decoded: {error}") from error

@@ -7,6 +7,7 @@ and accumulated parts sees the same batches with the same noise.
 from __future__ import annotations
 
 import functools
+import multiprocessing
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ def batches(
     arguments.
 
     Raises:
-        ValueError: a batch that processes · accumulation does not divide.
+        ValueError: a batch that processes · accumulation does not divide, or workers where there
+            can be none.
     """
     parts = processes * config.accumulation
     size, rest = divmod(config.batch_size, parts)
@@ -75,6 +77,12 @@ def batches(
         for step in range(start, config.steps)
         for part in range(rank, parts, processes)
     )
+    workers = config.data.workers
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(f"data.workers must be 0 where processes cannot fork; got {workers}")
     return DataLoader(
-        Stream(data, config), batch_sampler=positions, num_workers=config.data.workers
+        Stream(data, config),
+        batch_sampler=positions,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # what reads files does not pickle
     )
