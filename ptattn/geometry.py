@@ -23,7 +23,7 @@ def _triple(name: str, value: Sequence[int], fill: int, lowest: int) -> Triple:
     """Check two or three integers, each at least `lowest`; `fill` is the frame axis of two."""
     # bool is an int to Python, but a grid of True is a mistake; SymInt is torch.compile's int.
     ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (2, 3)
-    if not ok or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in value):
+    if not ok or any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) for v in value):
         raise ValueError(f"{name} must be 2 or 3 integers, (h, w) or (f, h, w); got {value!r}")
     if any(v < lowest for v in value):
         raise ValueError(f"{name} must have every entry >= {lowest}; got {tuple(value)}")

@@ -46,7 +46,7 @@ class Residual(NamedTuple):
 
     def norm(self, modulation: Sequence[Tensor] | None, backend: str) -> tuple[Tensor, Tensor]:
         """The sum and its LayerNorm, modulated by (shift, scale, ...)."""
-        vectors = (None, None) if modulation is None else modulation[:2]
+        vectors = (None, None) if modulation is None else (modulation[0], modulation[1])
         options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
         if self.y is None:
             return self.x, ops.layer_norm(self.x, *vectors, **options)

@@ -388,6 +388,6 @@ def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return float(q.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None; got {scale!r}")
     return float(scale)
