@@ -360,9 +360,11 @@ def _check_norm(x: Tensor, y: Tensor | None, **vectors: Tensor | None) -> None:
             raise ValueError(f"{name} must have shape (B, C) = {expected}; got {tuple(t.shape)}")
     if ("shift" in given) != ("scale" in given):
         raise ValueError(f"shift and scale come together; got {', '.join(given)} only")
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    _check_same(("device",) if autocast else ("dtype", "device"), **tokens, **given)
+    _check_same(("device",), **tokens, **given)
+    if any(t.dtype != x.dtype for t in (*tokens.values(), *given.values())):
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            _check_same(("dtype",), **tokens, **given)
 
 
 def _check_tokens(windows: WindowGrid, **tensor: Tensor) -> None:
