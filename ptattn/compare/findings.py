@@ -58,9 +58,7 @@ def _wins_against(rows: Sequence[Row], name: str, opponent: str) -> str:
     if not any(won):
         return f"slower than {opponent} at every size measured"
     lowest, highest = (f([ratio for _, ratio in ratios if ratio > 1]) for f in (min, max))
-    span = units.ratio(lowest)
-    if highest > lowest:
-        span += f" to {units.ratio(highest)}"
+    span = " to ".join(dict.fromkeys(map(units.ratio, (lowest, highest))))
     first = won.index(True)
     if all(won[first:]) and len(won) - first > 1:
         row = ratios[first][0]
