@@ -155,12 +155,16 @@ def to_official(model: PTDiT) -> dict[str, Tensor]:
     """The model's weights by their released names, as views of its parameters.
 
     Raises:
-        ValueError: a class-conditional model, which the release has no layout for.
+        ValueError: a class-conditional model, which the release has no layout for, or one with
+            other tensors than its own, such as LoRA's.
     """
     if model.config.num_classes is not None:
         raise ValueError("the released layout is for text models; got a class-conditional one")
+    stacks = list(_stacks(model.config.depth))
+    unknown = set(model.state_dict()) - {name for name, _ in stacks}
+    _refuse("the released layout has no place for adapters: merge them first", unknown=unknown)
     theirs: dict[str, Tensor] = {}
-    for name, parts in _stacks(model.config.depth):
+    for name, parts in stacks:
         tensor = model.get_parameter(name).detach()
         if name.endswith("modulation.table"):
             pieces = tensor.flatten(0, 1).split([6, 3])

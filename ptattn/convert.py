@@ -60,12 +60,15 @@ def _to_folder(source: Path, target: Path, config: Path | None) -> PTDiT:
 
 def _to_file(source: Path, target: Path) -> PTDiT:
     files.check_ending(target)
+    beside = target.with_suffix(".json")
+    if beside.exists():
+        raise ValueError(f"{beside} exists already")
     model = checkpoint.load_model(source)
     if not isinstance(model, PTDiT):
         raise ValueError(f"{source} holds a {type(model).__name__}; the released model is a PTDiT")
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save_official(model, target)
-    files.write_json(checkpoint.official_config(model.config), target.with_suffix(".json"))
+    files.write_json(checkpoint.official_config(model.config), beside)
     return model
 
 

@@ -283,9 +283,13 @@ def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether it does what its weight and bias say and nothing more, as LoRA's layers do, and its
-    weight is a plain tensor, which a quantized one is not."""
-    return type(layer) in (nn.Linear, ZeroLinear) and type(layer.weight) is nn.Parameter
+    """Whether it does what its weight and bias say and nothing more, as layers of LoRA, with hooks
+    and offloaded ones do, and its weight is a plain tensor, which a quantized one is not."""
+    if type(layer) not in (nn.Linear, ZeroLinear) or type(layer.weight) is not nn.Parameter:
+        return False
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    hooks = hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooks and "forward" not in layer.__dict__
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

@@ -38,7 +38,8 @@ def norm(
         return x, F.layer_norm(x, channels, eps=eps), means
     # One sample's modulation is an affine norm; torch sums its gradients badly in 16 bits.
     if x.shape[0] == 1 and not (torch.is_grad_enabled() and scale.requires_grad):
-        return x, F.layer_norm(x, channels, 1 + scale[0], shift[0], eps), means
+        affine = (1 + scale[0]).to(x.dtype), shift[0].to(x.dtype)  # autocast lets them differ
+        return x, F.layer_norm(x, channels, *affine, eps), means
     normed = F.layer_norm(x, channels, eps=eps)
     return x, torch.addcmul(shift[:, None], normed, 1 + scale[:, None]), means
 

@@ -70,6 +70,8 @@ def test_the_component_trains_as_diffusers_models_do(tmp_path):
     twin = transformer(depth=2)
     twin.load_state_dict(model.state_dict())
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "q", "kv", "proj", "zero"]))
+    with pytest.raises(ValueError, match="no place for adapters: merge them first"):
+        checkpoint.to_official(model)
     for name, weight in model.named_parameters():
         assert weight.requires_grad == ("lora" in name)
         if "lora" in name:

@@ -234,6 +234,36 @@ def test_lora_on_every_linear_layer(name):
         torch.testing.assert_close(merged(**inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_checkpointing_repeats_the_dropout_of_adapters():
+    peft = pytest.importorskip("peft")
+    model = tiny("pt-dit-xl")
+    lora = peft.LoraConfig(
+        r=2, lora_dropout=0.5, target_modules=["qkv", "kv", "proj"], init_lora_weights=False
+    )
+    adapted, inputs = peft.get_peft_model(model, lora).train(), batch_for(model, 6, 10)
+
+    def step():
+        torch.manual_seed(3)
+        out = adapted(**inputs)
+        weights = [p for p in adapted.parameters() if p.requires_grad]
+        return torch.autograd.grad(out.square().mean(), weights)
+
+    plain = step()
+    model.blocks.checkpoint()
+    close(step(), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_sample_under_autocast(name):
+    model = tiny(name).eval()
+    inputs = batch_for(model, 6, 10, batch=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(**inputs)
+    with torch.no_grad():
+        expected = model(**inputs)
+    assert (out - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized_weights(name):
     quantization = pytest.importorskip("torchao.quantization")

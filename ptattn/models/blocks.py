@@ -222,7 +222,7 @@ class Blocks(nn.ModuleList):
             keep_attention: keep what the attentions give too, 4·C numbers per token of a text
                 block, so that none of them runs again.
         """
-        options: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+        options: dict[str, Any] = dict(use_reentrant=False)
         if keep_attention:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
         self._checkpoint = options if enabled else None

@@ -44,6 +44,8 @@ class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin, PeftAdapterMixin):
     __init__ = register_to_config(__init__)
 
     _supports_gradient_checkpointing = True
+    # These read a layer's dtype before its hooks have run.
+    _skip_layerwise_casting_patterns = ("patch_embed", "condition.timestep")
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: None = None) -> None:
         """`blocks.checkpoint()` by diffusers' name; it takes no function of another kind."""
