@@ -93,6 +93,15 @@ def test_training_memory_is_predicted(tmp_path, capsys):
     assert "1 of 6 results of ours are worse" in capsys.readouterr().out
 
 
+def test_a_run_stopped_at_once_still_writes(tmp_path, monkeypatch):
+    def stopped(*case):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "predict", stopped)
+    assert run("--out", tmp_path) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.json", "memory.md"}
+
+
 def test_memory_is_judged_by_what_the_paper_printed():
     def row(recipe, peak, status=result.PREDICTED):
         facts = dict(recipe=recipe, printed=50.0)

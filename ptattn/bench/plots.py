@@ -30,9 +30,10 @@ Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
 def draw(result: Result) -> tuple[str, bytes] | None:
     """The picture of a result and what it shows; None where there is nothing to draw."""
     if result.kind == memory.KIND:
-        return "Peak memory of training against frames", peaks(result)
-    picture = crossover(result)
-    return None if picture is None else ("Forward time against tokens", picture)
+        caption, picture = "Peak memory of training against frames", peaks(result)
+    else:
+        caption, picture = "Forward time against tokens", crossover(result)
+    return None if picture is None else (caption, picture)
 
 
 def crossover(result: Result) -> bytes | None:
@@ -53,9 +54,14 @@ def crossover(result: Result) -> bytes | None:
     return _png(figure)
 
 
-def peaks(result: Result) -> bytes:
-    """Peak memory of training against frames, a panel per model, beside the paper's."""
+def peaks(result: Result) -> bytes | None:
+    """Peak memory of training against frames, a panel per model, beside the paper's.
+
+    None before the first row.
+    """
     models = list(dict.fromkeys(row.model for row in result.rows))
+    if not models:
+        return None
     figure = Figure(figsize=(3 + 5 * len(models), SIZE[1]), dpi=130, layout="constrained")
     title = f"Peak of training on one sample at {memory.SIDE} px, {result.machine.split(';')[0]}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
