@@ -29,13 +29,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # kernels/ is installed as ptattn.kernels: another package owns the top-level name.
-    packages=[
-        *find_packages(include=["ptattn", "ptattn.*"]),
-        "ptattn.kernels",
-        *(f"ptattn.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"ptattn.kernels": "kernels"},
+    # With ptattn/kernels, a link to kernels/: another package owns the top-level name.
+    packages=find_packages(include=["ptattn", "ptattn.*"]),
     package_data={
         "ptattn": ["py.typed", "train/configs/*.json"],
         "ptattn.kernels": ["configs.json"],

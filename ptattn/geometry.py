@@ -73,7 +73,7 @@ class WindowGrid:
     def shifted(self) -> WindowGrid:
         """The same grid with Swin's shift, window // 2 on every axis."""
         f, h, w = self.window
-        return WindowGrid(self.grid, self.window, (f // 2, h // 2, w // 2))
+        return window_grid(tuple(self.grid), tuple(self.window), (f // 2, h // 2, w // 2))
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +132,44 @@ class WindowGrid:
         return math.prod(
             sum(run.number * run.size**2 for run in self.segments(axis)) for axis in range(3)
         )
+
+
+# Every WindowGrid that `window_grid` has made, by what it was asked for.
+_interned: dict[tuple[Any, ...], WindowGrid] = {}
+_MOST_INTERNED = 4096  # resolutions have no end
+
+
+def window_grid(
+    grid: Sequence[int] | WindowGrid,
+    window: Sequence[int] | None = None,
+    shift: Sequence[int] | None = None,
+) -> WindowGrid:
+    """The one WindowGrid of a grid, window and shift, or the WindowGrid given in place of all three.
+
+    A call pays for its checks once: the same three give the same object again.
+
+    Raises:
+        TypeError: a grid without a window, or a WindowGrid with one.
+        ValueError: as WindowGrid.
+    """
+    if isinstance(grid, WindowGrid):
+        if window is not None or shift is not None:
+            raise TypeError("grid is a WindowGrid, which has its window and shift: give no others")
+        return grid
+    if window is None:
+        raise TypeError("window must be given with grid, unless grid is a WindowGrid")
+    shift = (0, 0, 0) if shift is None else shift
+    # A list cannot be looked up, nor a symbolic size of torch.compile; True and 1.0 are equal to 1.
+    if torch.compiler.is_compiling() or not type(grid) is type(window) is type(shift) is tuple:
+        return WindowGrid(grid, window, shift)
+    key = (grid, window, shift, *map(type, (*grid, *window, *shift)))
+    found = _interned.get(key)
+    if found is None:
+        found = WindowGrid(grid, window, shift)
+        if len(_interned) >= _MOST_INTERNED:
+            _interned.clear()
+        _interned[key] = found
+    return found
 
 
 def default_window(grid: Sequence[int]) -> Triple:

@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .geometry import WindowGrid
+from .geometry import WindowGrid, window_grid
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def window_mean(
-    x: Tensor, grid: Sequence[int], window: Sequence[int], *, backend: str = "auto"
+    x: Tensor,
+    grid: Sequence[int] | WindowGrid,
+    window: Sequence[int] | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Average every window of tokens into one proxy token.
 
@@ -31,7 +35,8 @@ def window_mean(
 
     Args:
         x: (B, N, C) tokens in raster order, float16, bfloat16, float32 or float64.
-        grid: (f, h, w) or (h, w), with f·h·w = N.
+        grid: (f, h, w) or (h, w), with f·h·w = N; or a WindowGrid without shift, in place of grid
+            and window.
         window: (pf, ph, pw) or (ph, pw).
         backend: "auto", "reference", "sdpa" or "triton".
 
@@ -47,7 +52,7 @@ def window_mean(
         >>> window_mean(x, grid=(8, 8), window=(4, 4)).shape
         torch.Size([2, 4, 32])
     """
-    windows = WindowGrid(grid, window)
+    windows = _unshifted(grid, window)
     _check_tensors(3, "(B, N, C)", x=x)
     _check_tokens(windows, x=x)
     return _backend(backend, x, windows=windows).window_mean(x, windows)
@@ -109,8 +114,8 @@ def residual_layer_norm(
 
 def layer_norm_window_mean(
     x: Tensor,
-    grid: Sequence[int],
-    window: Sequence[int],
+    grid: Sequence[int] | WindowGrid,
+    window: Sequence[int] | None = None,
     *,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -130,15 +135,15 @@ def layer_norm_window_mean(
     Raises:
         TypeError, ValueError, RuntimeError: as `window_mean`.
     """
-    return _norm(x, None, None, None, None, WindowGrid(grid, window), eps, backend)[1:]
+    return _norm(x, None, None, None, None, _unshifted(grid, window), eps, backend)[1:]
 
 
 def residual_layer_norm_window_mean(
     x: Tensor,
     y: Tensor,
     gate: Tensor | None,
-    grid: Sequence[int],
-    window: Sequence[int],
+    grid: Sequence[int] | WindowGrid,
+    window: Sequence[int] | None = None,
     *,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -156,7 +161,7 @@ def residual_layer_norm_window_mean(
     Raises:
         TypeError, ValueError, RuntimeError: as `window_mean`.
     """
-    return _norm(x, y, gate, None, None, WindowGrid(grid, window), eps, backend)
+    return _norm(x, y, gate, None, None, _unshifted(grid, window), eps, backend)
 
 
 def _norm(
@@ -221,9 +226,9 @@ def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: Sequence[int],
-    window: Sequence[int],
-    shift: Sequence[int] = (0, 0, 0),
+    grid: Sequence[int] | WindowGrid,
+    window: Sequence[int] | None = None,
+    shift: Sequence[int] | None = None,
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -236,9 +241,9 @@ def window_attention(
 
     Args:
         q, k, v: (B, N, H, D) tokens in raster order.
-        grid: (f, h, w) or (h, w), with f·h·w = N.
+        grid: (f, h, w) or (h, w), with f·h·w = N; or a WindowGrid, in place of all three.
         window: (pf, ph, pw) or (ph, pw).
-        shift: (sf, sh, sw) or (sh, sw), each in [0, window).
+        shift: (sf, sh, sw) or (sh, sw), each in [0, window); none by default.
         scale: factor on the scores; D^-0.5 by default.
         backend: "auto", "reference", "sdpa" or "triton".
 
@@ -249,7 +254,7 @@ def window_attention(
         TypeError, ValueError: naming the argument, what it got and what was expected.
         RuntimeError: the named backend cannot run here.
     """
-    windows = WindowGrid(grid, window, shift)
+    windows = window_grid(grid, window, shift)
     _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
@@ -292,9 +297,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError(f"op must be one of {', '.join(_OPS)}; got {op!r}")
     given = inspect.signature(_OPS[op]).bind_partial(*args, **kwargs).arguments
     tensors = [a for a in given.values() if isinstance(a, Tensor)]
-    windows = (
-        WindowGrid(given["grid"], given["window"]) if {"grid", "window"} <= set(given) else None
-    )
+    geometry = [given[name] for name in ("grid", "window", "shift") if name in given]
+    windows = window_grid(*geometry) if geometry else None
     reasons = {
         name: tuple(backends.reasons_against(name, *tensors, windows=windows))
         for name in backends.BACKENDS
@@ -314,6 +318,13 @@ _OPS = {
         window_attention,
     )
 }
+
+
+def _unshifted(grid: Sequence[int] | WindowGrid, window: Sequence[int] | None = None) -> WindowGrid:
+    windows = window_grid(grid, window)
+    if any(windows.shift):
+        raise ValueError(f"means are over windows without a shift; got shift {windows.shift}")
+    return windows
 
 
 def _backend(name: str, *tensors: Tensor, windows: WindowGrid | None = None) -> ModuleType:

@@ -21,12 +21,12 @@ WANTED = 0.95
 TIME_LIMIT = 900  # seconds; the tests of one fault take less than half of it
 # What would notice a fault in the kernels, the likeliest first.
 TESTS = (
-    "tests/test_triton.py",
-    "tests/test_triton_norm.py",
-    "tests/test_bounds.py",
-    "tests/test_launch.py",
-    "tests/test_kernels.py",
-    "tests/test_operators.py",
+    "tests/kernels/test_attention.py",
+    "tests/kernels/test_norm.py",
+    "tests/kernels/test_bounds.py",
+    "tests/kernels/test_host.py",
+    "tests/kernels/test_tile.py",
+    "tests/backends/test_operators.py",
 )
 # And the likeliest of these: they are run first, alone, and the rest only if they notice nothing.
 FIRST = {
@@ -247,8 +247,6 @@ def run(fault: Fault | None, only: str = "") -> subprocess.CompletedProcess[str]
         copy = Path(folder)
         for name in ("ptattn", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        # As setup.py maps it.
-        shutil.copytree(ROOT / "kernels", copy / "ptattn" / "kernels")
         shutil.copy(ROOT / "pyproject.toml", copy)
         if fault:
             _insert(fault, copy / "ptattn" / "kernels" / f"{fault.file}.py")

@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 
 from ptattn import checkpoint, files
 from ptattn.models import create_model, get_config
-
-from .test_golden import FILES, read
+from tests.test_golden import FILES, read
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from ptattn import checkpoint, convert, files
 from ptattn.command_line import UsageError
 from ptattn.models import create_model
-
-from .test_golden import FILES, read
+from tests.test_golden import FILES, read
 
 
 def run(*arguments):

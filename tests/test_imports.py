@@ -32,10 +32,9 @@ RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 def sources():
     """Module name, relative to ptattn, and path of every file of the package; kernels/ is in it."""
     found = {}
-    for folder, prefix in ((ROOT / "ptattn", ()), (ROOT / "kernels", ("kernels",))):
-        for path in sorted(folder.rglob("*.py")):
-            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
-            found[".".join(parts)] = path
+    folder = ROOT / "ptattn"
+    for path in (*sorted(folder.rglob("*.py")), *sorted((folder / "kernels").rglob("*.py"))):
+        found[".".join(path.relative_to(folder).with_suffix("").parts)] = path
     return found
 
 

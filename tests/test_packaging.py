@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # tests and benchmarks go along so that a wheel that packs them by mistake is seen.
 SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
-FOLDERS = ["ptattn", "kernels", "tests", "benchmarks"]
+FOLDERS = ["ptattn", "kernels", "tests", "benchmarks"]  # ptattn/kernels is a link
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FOLDERS:
         if (ROOT / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     # No isolation: the test extra brings setuptools, and tests use no network.
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(

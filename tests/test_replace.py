@@ -9,8 +9,7 @@ from torch import nn
 
 import ptattn
 from ptattn.layers import ZeroLinear
-
-from .hosts import DIM, HEADS, DiT, PixArt, ViT, import_timm, train, wake
+from tests.support.hosts import DIM, HEADS, DiT, PixArt, ViT, import_timm, train, wake
 
 
 @pytest.fixture(scope="module")

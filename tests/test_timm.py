@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ptattn
-
-from .hosts import DIM, HEADS, ViT, import_timm, train, wake
+from tests.support.hosts import DIM, HEADS, ViT, import_timm, train, wake
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What ptattn is measured against: the released block's way, a peer's block, and the time floor.
 
 `RollMaskBlock` computes what `models.pt_dit.PTDiTBlock` computes, the way the released
-inference code and Swin-type code do; tests/test_baselines.py holds the two equal.
+inference code and Swin-type code do; tests/bench/test_baselines.py holds the two equal.
 """
 
 from __future__ import annotations

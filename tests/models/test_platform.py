@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptattn.bench.memory import LiveBytes
-from tests.test_models import NAMES, condition_for, small
+from tests.models.test_models import NAMES, condition_for, small
 
 TINY = dict(dim=32, num_heads=2, window=(1, 2, 3))
 

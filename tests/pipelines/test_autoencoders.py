@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # First, as it skips this module where diffusers is missing.
-from .components import diffusers, image_vae, seeded, video_vae  # isort: skip
+from tests.support.components import diffusers, image_vae, seeded, video_vae  # isort: skip
 
 from ptattn.pipelines import compression, decode, encode
 

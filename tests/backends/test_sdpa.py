@@ -1,4 +1,4 @@
-"""The sdpa backend against the reference in float64, by the rule of tests/tolerance.py.
+"""The sdpa backend against the reference in float64, by the rule of tests/support/tolerance.py.
 
 Each test below covers one dimension of the matrix; the long ones cover the products.
 """
@@ -12,9 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ptattn
-from tests.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
-from tests.checks import SUBSETS, dense, each, hold, key_mask, means, windows
-from tests.tolerance import redrawn_once
+from tests.support.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
+from tests.support.checks import SUBSETS, dense, each, hold, key_mask, means, windows
+from tests.support.tolerance import redrawn_once
 
 # Queries and keys; 63 and 111 divide nothing.
 LENGTHS = ((1, 7), (63, 111), (130, 64))

@@ -1,13 +1,13 @@
-"""The compiled kernels on a GPU: every result against the rule of tests/tolerance.py, or exact."""
+"""The compiled kernels on a GPU: every result against the rule of the tolerance rule, or exact."""
 
 import pytest
 import torch
 
 import ptattn
 from ptattn.bench import op_cases, op_parity
-from tests.cases import GRIDS, HEAD_DIMS, LAYOUTS
-from tests.checks import dense, each, means, windows
-from tests.gpu_support import (
+from tests.support.cases import GRIDS, HEAD_DIMS, LAYOUTS
+from tests.support.checks import dense, each, means, windows
+from tests.support.gpu import (
     DEVICE,
     attention,
     bf16,

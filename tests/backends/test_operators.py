@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ptattn
 from ptattn import autograd  # noqa: F401  registers the operators
-from tests.checks import dense, key_mask, means, norms, windows
+from tests.support.checks import dense, key_mask, means, norms, windows
 
 TINY = ((3, 5), (2, 2), (1, 1))
 TINY_LARGE = ((3, 5), (9, 8), (4, 4))

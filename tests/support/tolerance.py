@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import ptattn
 from ptattn.bench.parity import FORWARD, GRADIENT, UnluckyError, assert_within_rule
-from tests.cases import HALF
+from tests.support.cases import HALF
 
 ORDERS = 8
 

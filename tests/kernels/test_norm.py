@@ -1,5 +1,5 @@
 """LayerNorm with residual, gate, modulation and window means: the kernels, by the rule of
-tests/tolerance.py."""
+tests/support/tolerance.py."""
 
 import math
 from functools import partial
@@ -10,8 +10,8 @@ import torch
 
 import ptattn
 from ptattn.kernels import launch
-from tests.cases import DTYPES, LAYOUTS
-from tests.checks import each, hold, norms
+from tests.support.cases import DTYPES, LAYOUTS
+from tests.support.checks import each, hold, norms
 
 check = partial(hold, "triton", norms)
 OPTIONS = ("residual", "gated", "modulated")

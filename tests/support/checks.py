@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ptattn
-from tests.cases import GRIDS, normal
-from tests.tolerance import NAMES, check, evaluate, redrawn_once
+from tests.support.cases import GRIDS, normal
+from tests.support.tolerance import NAMES, check, evaluate, redrawn_once
 
 SUBSETS = ("", "q", "k", "v", "qk", "qv", "kv", "qkv")
 

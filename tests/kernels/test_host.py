@@ -9,7 +9,7 @@ import torch
 
 import ptattn
 from ptattn.geometry import WindowGrid
-from tests.cases import LAYOUTS
+from tests.support.cases import LAYOUTS
 
 triton = pytest.importorskip("triton")
 from ptattn.kernels import configs, launch, window  # noqa: E402

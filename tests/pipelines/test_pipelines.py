@@ -6,13 +6,21 @@ import logging
 import pytest
 import torch
 
-# First, as it skips this module where diffusers is missing.
-from .components import WIDTH, diffusers, image_vae, pipeline, seeded, transformer, video_vae  # isort: skip
-
 from ptattn import checkpoint
 from ptattn.flow import FLOW, V, resolution_shift, sample
 from ptattn.models import ModelConfig
 from ptattn.pipelines import PTDiTPipeline, PTDiTTransformer, decode
+
+# First, as it skips this module where diffusers is missing.
+from tests.support.components import (
+    WIDTH,
+    diffusers,
+    image_vae,
+    pipeline,
+    seeded,
+    transformer,
+    video_vae,
+)  # isort: skip
 
 IMAGE = dict(height=16, width=24, num_inference_steps=2, output_type="np", max_sequence_length=8)
 

@@ -17,7 +17,7 @@ from benchmarks import aot, compiled, roofline
 from benchmarks.compiled import Compiled, Instructions, Resources, Tiles
 from ptattn.geometry import WindowGrid
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def gate(tmp_path, *options):

@@ -14,9 +14,9 @@ import torch
 
 import ptattn
 from ptattn.bench import op_cases, op_parity
-from tests import gpu_support
-from tests.gpu_support import attention, bf16, needs_gpu, normal, same_bits, with_gradients
-from tests.test_models import small
+from tests.models.test_models import small
+from tests.support import gpu as gpu_support
+from tests.support.gpu import attention, bf16, needs_gpu, normal, same_bits, with_gradients
 
 pytestmark = needs_gpu
 
@@ -353,8 +353,8 @@ def test_compute_sanitizer(tool):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    root = Path(__file__).resolve().parent.parent
-    program = root / "tests" / "gpu_sanitized.py"
+    root = Path(__file__).resolve().parents[2]
+    program = root / "tests" / "support" / "sanitized.py"
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, str(program)]
     # Without the allocator's cache every tensor has bounds of its own.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ptattn
-from tests.tolerance import redrawn_once
+from tests.support.tolerance import redrawn_once
 
 DEVICE = "cuda"
 
@@ -21,14 +21,14 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def on_gpu(draw, *args, **sizes):
-    """A case of tests.checks whose tensors are drawn on the GPU, in the layout asked for."""
+    """A case of `checks` whose tensors are drawn on the GPU, in the layout asked for."""
     with torch.device(DEVICE):
         return draw(*args, **sizes)
 
 
 @redrawn_once
 def hold(draw, *args, wanted=None, **sizes):
-    """Hold the compiled kernels to the rule of tests.tolerance."""
+    """Hold the compiled kernels to the rule of tests.support.tolerance."""
     on_gpu(draw, *args, **sizes).check("triton", wanted)
 
 

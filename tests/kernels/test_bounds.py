@@ -23,7 +23,7 @@ import torch
 
 from ptattn import WindowGrid
 from tests import conftest
-from tests.checks import Case, dense, means, norms, windows
+from tests.support.checks import Case, dense, means, norms, windows
 
 pytest.importorskip("triton")
 from ptattn.kernels import launch
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = mmap.PAGESIZE
 MARGIN = 4096
 NORESERVE = 0x4000  # MAP_NORESERVE: untouched pages cost no memory, nor count as if they did
@@ -121,7 +121,7 @@ def run_within(case, allocate):
 
 def in_a_process(function):
     """Run a function of this file; a fault's traceback is on stderr."""
-    code = f"from tests import test_bounds as t; t.prepare(); t.{function}()"
+    code = f"from tests.kernels import test_bounds as t; t.prepare(); t.{function}()"
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "-X", "faulthandler", "-c", code]
     options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

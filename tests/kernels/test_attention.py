@@ -1,4 +1,4 @@
-"""The kernels, in Triton's interpreter, by the rule of tests/tolerance.py.
+"""The kernels, in Triton's interpreter, by the rule of tests/support/tolerance.py.
 
 A program costs about 30 ms here, so the quick tier varies one dimension of the matrix at a time
 around small cases that between them take every path of the kernels; the long tests cover products.
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ptattn
-from tests.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
-from tests.checks import SUBSETS, dense, each, hold, key_mask, means, windows
+from tests.support.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
+from tests.support.checks import SUBSETS, dense, each, hold, key_mask, means, windows
 
 check_windows = partial(hold, "triton", windows)
 check_dense = partial(hold, "triton", dense)

@@ -28,7 +28,7 @@ Image = pytest.importorskip("PIL.Image")
 from ptattn.train import commands, loop, pictures, state  # noqa: E402
 from ptattn.train.data import Dataset  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RAW = {
     "data": {"source": "images", "size": [8, 12]},
     "model": {

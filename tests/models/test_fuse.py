@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_models import condition_for, small
-from tests.tolerance import FORWARD, assert_within_rule
+from tests.models.test_models import condition_for, small
+from tests.support.tolerance import FORWARD, assert_within_rule
 
 NAMES = ("pt-dit-xl", "pt-dit-s-class")
 # Sides of latents whose tokens are fewer and more than twice the channels.
