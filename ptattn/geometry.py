@@ -144,7 +144,7 @@ def window_grid(
     window: Sequence[int] | None = None,
     shift: Sequence[int] | None = None,
 ) -> WindowGrid:
-    """The one WindowGrid of a grid, window and shift, or the WindowGrid given in place of all three.
+    """The one WindowGrid of a grid, window and shift; a WindowGrid in place of all three as it is.
 
     A call pays for its checks once: the same three give the same object again.
 
