@@ -38,8 +38,8 @@ from benchmarks import compiled, roofline
 from benchmarks.compiled import Compiled
 from benchmarks.roofline import Prediction, Work
 from ptattn.geometry import Triple, WindowGrid
-from ptattn.kernels import launch
-from ptattn.kernels.launch import Launch
+from ptattn.kernels import attention, host, norm, pool
+from ptattn.kernels.host import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, IMAGE, VIDEO = 16, (1, 128, 128), (8, 64, 64)
@@ -83,7 +83,7 @@ class Case:
         return IMAGE if self.window[0] == 1 else VIDEO
 
     def launches(self, arch: str) -> list[Launch]:
-        with launch.record(arch) as launches:
+        with host.record(arch) as launches:
             getattr(self, f"_{self.op}")()
         return launches
 
@@ -94,23 +94,23 @@ class Case:
         windows = WindowGrid(self.grid, self.window).shifted()
         q, k, v = self._empty(1, windows.num_tokens, 3, HEADS, self.width).unbind(2)
         scale = self.width**-0.5
-        out, lse = launch.window_attention(q, k, v, windows, scale)
+        out, lse = attention.windowed(q, k, v, windows, scale)
         g = torch.empty_like(out)
-        launch.window_attention_backward(q, k, v, windows, scale, out, lse, g, (True,) * 3)
+        attention.windowed_backward(q, k, v, windows, scale, out, lse, g, (True,) * 3)
 
     def _dense(self) -> None:
         q = self._empty(1, self.queries, HEADS, self.width)
         k, v = self._empty(1, self.keys, 2, HEADS, self.width).unbind(2)
         mask = torch.empty(1, self.keys, dtype=torch.bool, device="meta") if self.masked else None
         scale = self.width**-0.5
-        out, lse = launch.attention(q, k, v, mask, scale)
+        out, lse = attention.dense(q, k, v, mask, scale)
         g = torch.empty_like(out)
-        launch.attention_backward(q, k, v, mask, scale, out, lse, g, (True,) * 3)
+        attention.dense_backward(q, k, v, mask, scale, out, lse, g, (True,) * 3)
 
     def _mean(self) -> None:
         windows = WindowGrid(self.grid, self.window)
         x = self._empty(1, windows.num_tokens, self.width)
-        launch.window_mean_backward(launch.window_mean(x, windows), windows)
+        norm.means_backward(pool.window_mean(x, windows), windows)
 
     def _norm(self) -> None:
         """As the blocks have it: with the residual, and window means or a modulation."""
@@ -118,10 +118,14 @@ class Case:
         x, y = self._empty(2, 1, math.prod(self.grid), self.width).unbind()
         vectors = self._empty(1, 6, self.width).unbind(1)
         gate, shift, scale = vectors[:3] if windows is None else (vectors[0], None, None)
-        total, normed, means = launch.norm(x, y, gate, shift, scale, windows, 1e-6, x.dtype)
-        upstream = (total, normed, None if windows is None else means)
+        if windows is None:
+            total, normed = norm.forward(x, y, gate, shift, scale, 1e-6, x.dtype)
+            means = None
+        else:
+            total, normed, means = pool.forward(x, y, gate, windows, 1e-6, x.dtype)
+        upstream = (total, normed, means)
         need = (True, True, windows is None)
-        launch.norm_backward(total, y, gate, scale, *upstream, windows, 1e-6, need)
+        norm.backward(total, y, gate, scale, *upstream, windows, 1e-6, need)
 
 
 def cases() -> Iterator[Case]:
@@ -374,7 +378,7 @@ def select(args: argparse.Namespace) -> list[Job]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if launch.INTERPRETED:
+    if host.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     selected = select(args)
     with ProcessPoolExecutor(args.processes) as pool:

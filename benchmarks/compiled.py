@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks import roofline
-from ptattn.kernels.launch import Launch
+from ptattn.kernels.host import Launch
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

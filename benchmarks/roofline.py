@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ptattn.geometry import WindowGrid
-from ptattn.kernels.launch import Launch
+from ptattn.kernels.host import Launch
 
 KIB = 1024
 # Shared memory of one program, in bytes.

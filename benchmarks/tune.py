@@ -30,7 +30,7 @@ from ptattn.bench import op_parity, timing
 from ptattn.bench.op_cases import Case
 from ptattn.bench.op_run import bind
 from ptattn.bench.timing import Clock, Run
-from ptattn.kernels import configs
+from ptattn.kernels import configs, host
 from ptattn.kernels.configs import Config
 
 Entry = dict[str, int]
@@ -143,14 +143,14 @@ def setting(arch: str, kernel: str, entry: Entry) -> Iterator[None]:
     own = configs.table().setdefault(arch, {})
     before = own.get(kernel)
     own[kernel] = [entry]
-    configs.find.cache_clear()
+    host.forget_plans()
     try:
         yield
     finally:
         own.pop(kernel)
         if before is not None:
             own[kernel] = before
-        configs.find.cache_clear()
+        host.forget_plans()
 
 
 def merged(table: Table, arch: str, found: dict[Job, Entry]) -> Table:

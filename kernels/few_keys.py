@@ -6,9 +6,16 @@ writes them once per program; where several programs share a head's queries, `re
 adds up their parts in a fixed order. Nothing is kept from the forward but q, k and v.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import host
+from .configs import Config
+from .host import Need, Plan, planned
+from .reduce import Parts, splits_of
 from .tile import (
     LOG2E,
     accumulate,
@@ -139,3 +146,58 @@ def few_keys_backward(
     if NEED_V:
         x0, x1 = tl.where(takes_part, dv0, 0.0), tl.where(takes_part, dv1, 0.0)
         store_rows(dv + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    """(B, N, H, D)."""
+    q, k, v = host.rows(q, k, v)
+    out = host.empty(q, *q.shape)
+    plan = _forward_plan(*host.facts(q, k, v), key_mask is not None, scale, host.target(q))
+    plan.start(q, k, v, host.mask_bytes(key_mask, out), out)
+    return out
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, g: Tensor, need: Need
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv; None where `need` says that one is not."""
+    q, k, v, g = host.rows(q, k, v, g)
+    dq = host.empty(q, *q.shape) if need[0] else None
+    parts = Parts(k, splits_of(q.shape[1], 1), need)
+    masked = key_mask is not None
+    plan = _backward_plan(*host.facts(q, k, v, g), masked, scale, need, host.target(q))
+    plan.start(q, k, v, host.mask_bytes(key_mask, g), g, g if dq is None else dq, *parts.or_(g))
+    return dq, *parts.sums()
+
+
+@planned
+def _forward_plan(
+    q: Any, k: Any, v: Any, masked: bool, scale: float, target: tuple[str, str]
+) -> Plan:
+    (b, n, h, _), m = q[0], k[0][1]
+    config, sizes = _tiles("few_keys_forward", q, m, target)
+    splits = host.cdiv(n, config.rows * 4)
+    numbers = (*host.strides_of(q, k, v), n, m, h, splits, scale)
+    tiles = host.attention_tiles(target[1], q, k, v)
+    constants = dict(MASKED=masked) | sizes | tiles
+    return Plan(few_keys_forward, b * splits * h, *numbers, config=config, **constants)
+
+
+@planned
+def _backward_plan(
+    q: Any, k: Any, v: Any, g: Any, masked: bool, scale: float, need: Need, target: tuple[str, str]
+) -> Plan:
+    (b, n, h, _), m = q[0], k[0][1]
+    config, sizes = _tiles("few_keys_backward", q, m, target)
+    splits = splits_of(n, 1)
+    numbers = (*host.strides_of(q, k, v, g), n, m, h, splits, scale)
+    tiles = host.attention_tiles(target[1], q, k, v, g)
+    constants = host.needs(need) | dict(MASKED=masked) | sizes | tiles
+    return Plan(few_keys_backward, b * splits * h, *numbers, config=config, **constants)
+
+
+def _tiles(kernel: str, q: Any, m: int, target: tuple[str, str]) -> tuple[Config, dict[str, int]]:
+    channels = sum(host.split_channels(q[0][-1]))
+    keys = max(16, host.next_power_of_2(m))
+    config = host.config_of(kernel, target[0], q[2], channels=channels, keys=keys)
+    return config, dict(ROWS=config.rows, KEYS=keys)

@@ -8,9 +8,17 @@ Every loop runs over whole blocks first and then over the rest, and only the res
 forward keeps each row's log-sum-exp (in base 2) for the backward.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..geometry import WindowGrid
+from . import host
+from .configs import Config
+from .host import Need, Plan, planned
+from .reduce import Parts, splits_of
 from .tile import (
     LOG2E,
     accumulate,
@@ -35,8 +43,9 @@ RUNTIME_BACKWARD = (*RUNTIME, "g_b", "g_n", "g_h", "splits")
 
 
 @triton.jit
-def _place(blocks, heads, geometry, WINDOWED: tl.constexpr):
-    """This program's sample, head, window (0 if dense) and block.
+def _place(queries, keys, blocks, heads, geometry, WINDOWED: tl.constexpr):
+    """This program's sample, head and block, the box of its window, and how many queries and keys
+    there are: all, or those of the window.
 
     Heads are fastest: neighbouring programs read neighbouring bytes of the same tokens.
     """
@@ -47,7 +56,10 @@ def _place(blocks, heads, geometry, WINDOWED: tl.constexpr):
     if WINDOWED:
         windows = num_windows(geometry)
         sample, window = sample // windows, sample % windows
-    return sample, head, window, block
+    box = window_box(window, geometry)
+    if WINDOWED:
+        queries, keys = box_size(box), box_size(box)
+    return sample, head, block, box, queries, keys
 
 
 @triton.jit
@@ -121,11 +133,9 @@ def flash_forward(
     its sign, NEGATIVE.
     """
     geometry = (f, h, w, pf, ph, pw, of, oh, ow)
-    batch, head, window, block = _place(blocks, heads, geometry, WINDOWED)
-    n_queries, n_keys = queries, keys
-    box = window_box(window, geometry)
-    if WINDOWED:
-        n_queries, n_keys = box_size(box), box_size(box)
+    batch, head, block, box, n_queries, n_keys = _place(
+        queries, keys, blocks, heads, geometry, WINDOWED
+    )
     if block * ROWS >= n_queries:
         return
     OUT: tl.constexpr = D & -D
@@ -200,11 +210,9 @@ def flash_backward_q(
     With P the weights: dP = g Vᵀ;  dS = P ∘ (dP - delta);  dQ = scale · dS K.
     """
     geometry = (f, h, w, pf, ph, pw, of, oh, ow)
-    batch, head, window, block = _place(blocks, heads, geometry, WINDOWED)
-    n_queries, n_keys = queries, keys
-    box = window_box(window, geometry)
-    if WINDOWED:
-        n_queries, n_keys = box_size(box), box_size(box)
+    batch, head, block, box, n_queries, n_keys = _place(
+        queries, keys, blocks, heads, geometry, WINDOWED
+    )
     if block * ROWS >= n_queries:
         return
     OUT: tl.constexpr = D & -D
@@ -287,12 +295,10 @@ def flash_backward_kv(
     With P the weights: dV = Pᵀ g;  dS = P ∘ (g Vᵀ - delta);  dK = scale · dSᵀ Q.
     """
     geometry = (f, h, w, pf, ph, pw, of, oh, ow)
-    batch, head, window, block = _place(blocks * splits, heads, geometry, WINDOWED)
+    batch, head, block, box, n_queries, n_keys = _place(
+        queries, keys, blocks * splits, heads, geometry, WINDOWED
+    )
     split, block = block // blocks, block % blocks
-    n_queries, n_keys = queries, keys
-    box = window_box(window, geometry)
-    if WINDOWED:
-        n_queries, n_keys = box_size(box), box_size(box)
     if block * KEYS >= n_keys:
         return
     OUT: tl.constexpr = D & -D
@@ -336,3 +342,102 @@ def flash_backward_kv(
     if NEED_V:
         x0, x1 = tl.where(takes_part, dv0, 0.0), tl.where(takes_part, dv1, 0.0)
         store_rows(dv + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float,
+    windows: WindowGrid | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, N, H, D) and the log-sum-exp (B, H, N) in base 2; within windows where they are given."""
+    q, k, v = host.rows(q, k, v)
+    b, n, h, _ = q.shape
+    out = host.empty(q, *q.shape)
+    lse = host.empty(q, b, h, n, dtype=host.accumulator(q.dtype))
+    masked = key_mask is not None
+    plan = _forward_plan(*host.facts(q, k, v), masked, scale, windows, host.target(q))
+    plan.start(q, k, v, host.mask_bytes(key_mask, out), out, lse)
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float,
+    windows: WindowGrid | None, out: Tensor, lse: Tensor, g: Tensor, need: Need,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dq, dk, dv; None where `need` says that one is not."""
+    q, k, v, g = host.rows(q, k, v, g)
+    delta = host.empty(lse, *lse.shape)
+    dq = host.empty(q, *q.shape) if need[0] else None
+    mask = host.mask_bytes(key_mask, out)
+    of_queries, of_keys, splits = _backward_plans(
+        *host.facts(q, k, v, g), key_mask is not None, scale, windows, need, host.target(q)
+    )
+    of_queries.start(q, k, v, mask, out, g, lse, delta, g if dq is None else dq)
+    parts = Parts(k, splits, need)
+    if need[1] or need[2]:
+        of_keys.start(q, k, v, mask, g, lse, delta, *parts.or_(g))
+    return dq, *parts.sums()
+
+
+@planned
+def _forward_plan(
+    q: Any, k: Any, v: Any, masked: bool, scale: float, windows: WindowGrid | None,
+    target: tuple[str, str],
+) -> Plan:  # fmt: skip
+    (b, n, h, _), m = q[0], k[0][1]
+    config = _config("flash_forward", q, masked, windows, target)
+    count, longest = _rows_of(windows, n)
+    blocks = host.cdiv(longest, config.rows)
+    numbers = (*host.strides_of(q, k, v), n, m, h, blocks, abs(scale), *host.geometry(windows))
+    tiles = host.attention_tiles(target[1], q, k, v)
+    constants = dict(NEGATIVE=scale < 0) | _sizes(config, masked, windows) | tiles
+    return Plan(flash_forward, b * count * blocks * h, *numbers, config=config, **constants)
+
+
+@planned
+def _backward_plans(
+    q: Any, k: Any, v: Any, g: Any, masked: bool, scale: float, windows: WindowGrid | None,
+    need: Need, target: tuple[str, str],
+) -> tuple[Plan, Plan, int]:  # fmt: skip
+    """Of the gradients of queries, and of keys and values, and how many parts these come in."""
+    (b, n, h, _), m = q[0], k[0][1]
+    before, after = (*host.strides_of(q, k, v, g), n, m, h), (scale, *host.geometry(windows))
+    tiles = host.attention_tiles(target[1], q, k, v, g)
+
+    config = _config("flash_backward_q", q, masked, windows, target)
+    count, longest = _rows_of(windows, n)
+    blocks = host.cdiv(longest, config.rows)
+    constants = dict(NEED_Q=need[0]) | _sizes(config, masked, windows) | tiles
+    programs, numbers = b * count * blocks * h, (*before, blocks, *after)
+    of_queries = Plan(flash_backward_q, programs, *numbers, config=config, **constants)
+
+    config = _config("flash_backward_kv", q, masked, windows, target)
+    count, longest = _rows_of(windows, m)
+    blocks = host.cdiv(longest, config.keys)
+    splits = 1 if windows else splits_of(n, blocks)
+    constants = dict(NEED_K=need[1], NEED_V=need[2]) | _sizes(config, masked, windows) | tiles
+    programs, numbers = b * count * blocks * splits * h, (*before, blocks, splits, *after)
+    of_keys = Plan(flash_backward_kv, programs, *numbers, config=config, **constants)
+    return of_queries, of_keys, splits
+
+
+def _rows_of(windows: WindowGrid | None, length: int) -> tuple[int, int]:
+    """How many sequences a sample has, and the length of the longest."""
+    return (windows.num_windows, host.largest_window(windows)) if windows else (1, length)
+
+
+def _config(
+    kernel: str, q: Any, masked: bool, windows: WindowGrid | None, target: tuple[str, str]
+) -> Config:
+    (_, n, _, d), _, dtype, _ = q
+    sizes = dict(
+        channels=sum(host.split_channels(d)),
+        queries=host.largest_window(windows) if windows else n,
+        windowed=windows is not None,
+        masked=masked,
+    )
+    return host.config_of(kernel, target[0], dtype, **sizes)
+
+
+def _sizes(config: Config, masked: bool, windows: WindowGrid | None) -> dict[str, Any]:
+    windowed = windows is not None
+    return dict(WINDOWED=windowed, MASKED=masked, ROWS=config.rows, KEYS=config.keys)

@@ -8,9 +8,18 @@ backward of both is `norm_backward`. A program owns whole rows of channels. The 
 vectors are sums over tokens: every program writes its part, `reduce.sum_splits` adds them up.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..geometry import WindowGrid
+from . import host
+from .configs import Config
+from .host import Plan, planned
+from .reduce import sum_parts
 from .tile import (
     box_size,
     load_rows,
@@ -212,3 +221,122 @@ def norm_backward(
     if NEED_MODULATION:
         _store_sums(sums, row, COLUMNS - 2, dshift0, dshift1, COLUMNS, C, C0, C1)
         _store_sums(sums, row, COLUMNS - 1, dscale0, dscale1, COLUMNS, C, C0, C1)
+
+
+# Programs that share a sample's tokens for the gradients of its vectors, at most: enough to fill a
+# GPU, few enough that their parts cost little. Depends on neither batch nor device.
+MOST_PARTS = 256
+
+
+def forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """total = x + gate · y, None without y, and its modulated LayerNorm in `dtype`."""
+    x, y, gate, shift, scale = host.rows(x, y, gate, shift, scale)
+    total = None if y is None else host.empty(x, *x.shape, dtype=total_dtype(x, y, gate))
+    normed = host.empty(x, *x.shape, dtype=dtype)
+    plan = _forward_plan(*host.facts(x, y, gate, shift, scale), eps, host.target(x))
+    given = [x if t is None else t for t in (y, gate, shift, scale)]
+    plan.start(x, *given, normed if total is None else total, normed)
+    return total, normed
+
+
+def backward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+    dtotal: Tensor | None, dnormed: Tensor | None, dmeans: Tensor | None,
+    windows: WindowGrid | None, eps: float, need: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, dy and the gradients of gate, shift and scale, one after the other (B, ·C).
+
+    x is what was normed. `need` says whether y, gate, and shift and scale need gradients: those
+    that do not are left out. dy is None where it would be dx.
+    """
+    x, *given = host.rows(x, y, gate, scale, dtotal, dnormed, dmeans)
+    dx = host.empty(x, *x.shape)
+    plan, shape = _backward_plan(*host.facts(x, *given), windows, eps, need, host.target(x))
+    dy = host.empty(y, *y.shape) if need[0] and y is not None and gate is not None else None
+    parts = host.empty(x, *shape, dtype=host.accumulator(x.dtype)) if shape else None
+    written = [dx if t is None else t for t in (dy, parts)]
+    plan.start(x, *[x if t is None else t for t in given], dx, *written)
+    if parts is None:
+        return dx, dy, None
+    return dx, dy, sum_parts(parts, host.empty(x, shape[0], shape[2]))
+
+
+def means_backward(dmeans: Tensor, windows: WindowGrid) -> Tensor:
+    """dx (B, N, C) of window means alone."""
+    (dmeans,) = host.rows(dmeans)
+    dx = host.empty(dmeans, dmeans.shape[0], windows.num_tokens, dmeans.shape[2])
+    upstream, need = (None, None, dmeans), (False,) * 3
+    plan, _ = _backward_plan(
+        *host.facts(dx, None, None, None, *upstream), windows, 0.0, need, host.target(dx)
+    )
+    plan.start(*(dx,) * 6, dmeans, *(dx,) * 3)
+    return dx
+
+
+def total_dtype(x: Tensor, y: Tensor | None, gate: Tensor | None) -> torch.dtype:
+    """That of x + gate · y, as torch promotes."""
+    dtype = x.dtype
+    for t in (y, gate):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+@planned
+def _forward_plan(
+    x: Any, y: Any, gate: Any, shift: Any, scale: Any, eps: float, target: tuple[str, str]
+) -> Plan:
+    b, n, _ = x[0]
+    config, tile = tile_of("norm_forward", x, 16, target)
+    numbers = (*host.strides_of(x, y or x), *map(stride_of, (gate, shift, scale)), n, eps)
+    flags = dict(ADD=y is not None, GATED=gate is not None, MODULATED=scale is not None)
+    constants = flags | tile | dict(ALIGN=host.alignment(x, y, gate, shift, scale))
+    programs = b * host.cdiv(n, tile["ROWS"])
+    return Plan(norm_forward, programs, *numbers, config=config, **constants)
+
+
+@planned
+def _backward_plan(
+    x: Any, y: Any, gate: Any, scale: Any, dtotal: Any, dnormed: Any, dmeans: Any,
+    windows: WindowGrid | None, eps: float, need: tuple[bool, bool, bool], target: tuple[str, str],
+) -> tuple[Plan, tuple[int, ...]]:  # fmt: skip
+    """And the shape of the parts of the vectors' gradients, if any is needed."""
+    b, n, c = x[0]
+    need_y, need_gate, need_modulation = need
+    config, tile = tile_of("norm_backward", x, 16, target, values=2048)
+    splits, columns = host.cdiv(n, tile["ROWS"]), need_gate + 2 * need_modulation
+    if columns:
+        splits = min(splits, MOST_PARTS)
+    strides = host.strides_of(x, y or x, dtotal or x, dnormed or x, dmeans or x)
+    geometry = host.geometry(windows or WindowGrid((1, n), (1, 1)))
+    numbers = (*strides, stride_of(gate), stride_of(scale), splits, eps, *geometry)
+    constants = dict(
+        NORM=dnormed is not None, MEANS=dmeans is not None, TOTAL=dtotal is not None,
+        GATED=gate is not None, MODULATED=scale is not None,
+        NEED_Y=need_y, NEED_GATE=need_gate, NEED_MODULATION=need_modulation,
+        STAGES=config.stages, **tile,
+        ALIGN=host.alignment(x, y, gate, scale, dtotal, dnormed, dmeans),
+    )  # fmt: skip
+    plan = Plan(norm_backward, b * splits, *numbers, config=config, **constants)
+    return plan, (b, splits, columns * c) if columns else ()
+
+
+def stride_of(vectors: Any) -> int:
+    """Between the vectors (B, C) of two samples."""
+    return 0 if vectors is None else vectors[1][0]
+
+
+def tile_of(
+    kernel: str, x: Any, tokens: int, target: tuple[str, str], values: int = 4096
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration, and the constants of a tile: rows of at most `values` channels together
+    and, as a power of two, no more than `tokens`."""
+    channels, dtype = x[0][-1], x[2]
+    first, second = host.split_channels(channels)
+    config = host.config_of(kernel, target[0], dtype, channels=first + second)
+    fitting = max(1, values // (first + second))
+    rows = min(16, host.next_power_of_2(tokens), 1 << fitting.bit_length() - 1)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    return config, dict(ROWS=rows, C=channels, C0=first, C1=second, ACC=acc)

@@ -4,10 +4,18 @@ A program reads its share of one window's tokens, whole rows; where the shares a
 `reduce.sum_splits` adds them up in a fixed order. The backward is `norm.norm_backward`.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .norm import add_residual, load_vector, normalize
+from ..geometry import WindowGrid
+from . import host
+from .host import Plan, planned
+from .norm import add_residual, load_vector, normalize, stride_of, tile_of, total_dtype
+from .reduce import sum_parts
 from .tile import (
     box_size,
     load_rows,
@@ -69,3 +77,52 @@ def pool_forward(
     row = (batch * windows + window) * splits + split + tl.zeros([1], tl.int32)
     one = tl.full([1], True, tl.int1)
     store_rows(means, row, C, one, sum0 / size, sum1 / size, C, C0, C1, OUT)
+
+
+def forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, windows: WindowGrid, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """total = x + gate · y, None without y, its LayerNorm in `dtype`, and its window means."""
+    x, y, gate = host.rows(x, y, gate)
+    total = None if y is None else host.empty(x, *x.shape, dtype=total_dtype(x, y, gate))
+    normed = host.empty(x, *x.shape, dtype=dtype)
+    return total, normed, _means(x, y, gate, total, normed, windows, eps)
+
+
+def window_mean(x: Tensor, windows: WindowGrid) -> Tensor:
+    """(B, M, C)."""
+    (x,) = host.rows(x)
+    return _means(x, None, None, None, None, windows, None)
+
+
+def _means(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, total: Tensor | None, normed: Tensor | None,
+    windows: WindowGrid, eps: float | None,
+) -> Tensor:  # fmt: skip
+    """The means of total, which is x without y; writes total and normed where they are given."""
+    dtype = total_dtype(x, y, gate)
+    plan, shape = _plan(*host.facts(x, y, gate), windows, eps, host.target(x))
+    means = host.empty(x, x.shape[0], windows.num_windows, x.shape[2], dtype=dtype)
+    parts = host.empty(x, *shape, dtype=host.accumulator(x.dtype)) if shape else means
+    given = [x if t is None else t for t in (y, gate)]
+    plan.start(x, *given, *[means if t is None else t for t in (total, normed)], parts)
+    return sum_parts(parts, means) if shape else means
+
+
+@planned
+def _plan(
+    x: Any, y: Any, gate: Any, windows: WindowGrid, eps: float | None, target: tuple[str, str]
+) -> tuple[Plan, tuple[int, ...]]:
+    """And the shape of the parts of the means, if a window's are several."""
+    (b, _, c), m = x[0], windows.num_windows
+    largest = host.largest_window(windows)
+    config, tile = tile_of("pool_forward", x, largest, target)
+    splits = host.cdiv(largest, 32)
+    strides = host.strides_of(x, y or x)
+    numbers = (*strides, stride_of(gate), splits, eps or 0.0, *host.geometry(windows))
+    flags = dict(ADD=y is not None, GATED=gate is not None, NORM=eps is not None)
+    align = host.alignment(x, y, gate)
+    constants = flags | dict(STAGES=config.stages) | tile | dict(ALIGN=align)
+    plan = Plan(pool_forward, b * m * splits, *numbers, config=config, **constants)
+    return plan, (b * m, splits, c) if splits > 1 else ()

@@ -7,9 +7,17 @@ its whole rows anew. The rows of a tile are the tokens of windows as they are cu
 nothing is rolled, padded or masked in memory. Larger windows loop over their keys: `flash`.
 """
 
+import math
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..geometry import WindowGrid
+from . import host
+from .configs import Config
+from .host import Need, Plan, planned
 from .tile import (
     LOG2E,
     box_size,
@@ -153,3 +161,56 @@ def window_backward(
         if NEED_K:
             x0, x1 = _contained_product(tl.trans(ds), q0, q1, group, D1, PRECISION, GROUPS)
             store_rows(dk + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:
+    """(B, N, H, D)."""
+    q, k, v = host.rows(q, k, v)
+    out = host.empty(q, *q.shape)
+    _forward_plan(*host.facts(q, k, v), windows, scale, host.target(q)).start(q, k, v, out)
+    return out
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float, g: Tensor, need: Need
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv; None where `need` says that one is not."""
+    q, k, v, g = host.rows(q, k, v, g)
+    gradients = [host.empty(q, *q.shape) if needed else None for needed in need]
+    plan = _backward_plan(*host.facts(q, k, v, g), windows, scale, need, host.target(q))
+    plan.start(q, k, v, g, *(g if t is None else t for t in gradients))
+    return tuple(gradients)
+
+
+@planned
+def _forward_plan(
+    q: Any, k: Any, v: Any, windows: WindowGrid, scale: float, target: tuple[str, str]
+) -> Plan:
+    programs, config, sizes = _tiles("window_forward", q, windows, target)
+    numbers = (*host.strides_of(q, k, v), q[0][2], scale, *host.geometry(windows))
+    tiles = host.attention_tiles(target[1], q, k, v)
+    return Plan(window_forward, programs, *numbers, config=config, **sizes, **tiles)
+
+
+@planned
+def _backward_plan(
+    q: Any, k: Any, v: Any, g: Any, windows: WindowGrid, scale: float, need: Need,
+    target: tuple[str, str],
+) -> Plan:  # fmt: skip
+    programs, config, sizes = _tiles("window_backward", q, windows, target)
+    numbers = (*host.strides_of(q, k, v, g), q[0][2], scale, *host.geometry(windows))
+    tiles = host.attention_tiles(target[1], q, k, v, g)
+    constants = host.needs(need) | sizes | tiles
+    return Plan(window_backward, programs, *numbers, config=config, **constants)
+
+
+def _tiles(
+    kernel: str, q: Any, windows: WindowGrid, target: tuple[str, str]
+) -> tuple[int, Config, dict[str, int]]:
+    """How many programs, the configuration, and the constants of the shared tiles."""
+    (b, _, h, d), _, dtype, _ = q
+    slots = host.next_power_of_2(math.prod(windows.window))
+    config = host.config_of(kernel, target[0], dtype, channels=sum(host.split_channels(d)))
+    rows = max(config.rows, slots)
+    tiles = host.cdiv(windows.num_windows, rows // slots)
+    return b * tiles * h, config, dict(SLOTS=slots, ROWS=rows)

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .memo import Memo
+
 Triple = tuple[int, int, int]
+NO_SHIFT: Triple = (0, 0, 0)
 
 
 def _triple(name: str, value: Sequence[int], fill: int, lowest: int) -> Triple:
@@ -58,7 +61,7 @@ class WindowGrid:
 
     grid: Sequence[int]
     window: Sequence[int]
-    shift: Sequence[int] = (0, 0, 0)
+    shift: Sequence[int] = NO_SHIFT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _triple("grid", self.grid, 1, 1))
@@ -134,42 +137,36 @@ class WindowGrid:
         )
 
 
-# Every WindowGrid that `window_grid` has made, by what it was asked for.
-_interned: dict[tuple[Any, ...], WindowGrid] = {}
-_MOST_INTERNED = 4096  # resolutions have no end
+_SEQUENCES = {tuple, list, torch.Size}
+# What `window_grid` has made.
+_interned: Memo[WindowGrid] = Memo()
 
 
 def window_grid(
     grid: Sequence[int] | WindowGrid,
     window: Sequence[int] | None = None,
-    shift: Sequence[int] | None = None,
+    shift: Sequence[int] = NO_SHIFT,
 ) -> WindowGrid:
     """The one WindowGrid of a grid, window and shift; a WindowGrid in place of all three as it is.
 
     A call pays for its checks once: the same three give the same object again.
 
     Raises:
-        TypeError: a grid without a window, or a WindowGrid with one.
+        TypeError: a WindowGrid with a window or shift.
         ValueError: as WindowGrid.
     """
     if isinstance(grid, WindowGrid):
-        if window is not None or shift is not None:
+        if window is not None or shift is not NO_SHIFT:
             raise TypeError("grid is a WindowGrid, which has its window and shift: give no others")
         return grid
-    if window is None:
-        raise TypeError("window must be given with grid, unless grid is a WindowGrid")
-    shift = (0, 0, 0) if shift is None else shift
-    # A list cannot be looked up, nor a symbolic size of torch.compile; True and 1.0 are equal to 1.
-    if torch.compiler.is_compiling() or not type(grid) is type(window) is type(shift) is tuple:
-        return WindowGrid(grid, window, shift)
-    key = (grid, window, shift, *map(type, (*grid, *window, *shift)))
-    found = _interned.get(key)
-    if found is None:
-        found = WindowGrid(grid, window, shift)
-        if len(_interned) >= _MOST_INTERNED:
-            _interned.clear()
-        _interned[key] = found
-    return found
+    given: tuple[Any, Any, Any] = grid, window, shift
+    sequences = all(map(_SEQUENCES.__contains__, map(type, given)))
+    if torch.compiler.is_compiling() or not sequences:
+        return WindowGrid(*given)  # which names what is wrong
+    if {*map(type, (*given[0], *given[1], *given[2]))} != {int}:  # symbolic, or True, equal to 1
+        return WindowGrid(*given)
+    key = tuple(grid), tuple(given[1]), tuple(shift)
+    return _interned.get(key) or _interned.keep(key, WindowGrid(*key))
 
 
 def default_window(grid: Sequence[int]) -> Triple:

@@ -7,16 +7,19 @@ dim. Inputs may have any strides; outputs are contiguous and of the input dtype.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .geometry import WindowGrid, window_grid
+from .backends import Backend
+from .context import autocast_dtype, transformed
+from .geometry import NO_SHIFT, WindowGrid, window_grid
+from .memo import Memo
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,9 +56,7 @@ def window_mean(
         torch.Size([2, 4, 32])
     """
     windows = _unshifted(grid, window)
-    _check_tensors(3, "(B, N, C)", x=x)
-    _check_tokens(windows, x=x)
-    return _backend(backend, x, windows=windows).window_mean(x, windows)
+    return _backend(backend, _check_window_mean, windows, x).window_mean(x, windows)
 
 
 def layer_norm(
@@ -174,12 +175,9 @@ def _norm(
     eps: float,
     backend: str,
 ) -> tuple[Any, Any, Any]:
-    _check_norm(x, y, gate=gate, shift=shift, scale=scale)
-    if windows is not None:
-        _check_tokens(windows, x=x)
+    run = _backend(backend, _check_norm, windows, x, y, gate, shift, scale).norm
     if not eps > 0:
         raise ValueError(f"eps must be positive; got {eps!r}")
-    run = _backend(backend, x, windows=windows).norm
     return run(x, y, gate, shift, scale, windows, eps)
 
 
@@ -209,17 +207,8 @@ def attention(
         TypeError, ValueError: naming the argument, what it got and what was expected.
         RuntimeError: the named backend cannot run here.
     """
-    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}")
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(
-            f"q (B, N, H, D) and k (B, M, H, D) must agree in B, H and D; "
-            f"got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if key_mask is not None:
-        _check_key_mask(key_mask, k)
-    return _backend(backend, q, k, v).attention(q, k, v, key_mask, _scale(scale, q)).contiguous()
+    run = _backend(backend, _check_attention, None, q, k, v, key_mask).attention
+    return run(q, k, v, key_mask, q.shape[-1] ** -0.5 if scale is None else _number(scale))
 
 
 def window_attention(
@@ -228,7 +217,7 @@ def window_attention(
     v: Tensor,
     grid: Sequence[int] | WindowGrid,
     window: Sequence[int] | None = None,
-    shift: Sequence[int] | None = None,
+    shift: Sequence[int] = NO_SHIFT,
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -255,13 +244,8 @@ def window_attention(
         RuntimeError: the named backend cannot run here.
     """
     windows = window_grid(grid, window, shift)
-    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
-    if not q.shape == k.shape == v.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise ValueError(f"q, k and v must have one shape (B, N, H, D); got {shapes}")
-    _check_tokens(windows, q=q)
-    run = _backend(backend, q, k, v, windows=windows).window_attention
-    return run(q, k, v, windows, _scale(scale, q)).contiguous()
+    run = _backend(backend, _check_window_attention, windows, q, k, v).window_attention
+    return run(q, k, v, windows, q.shape[-1] ** -0.5 if scale is None else _number(scale))
 
 
 @dataclass(frozen=True)
@@ -327,8 +311,63 @@ def _unshifted(grid: Sequence[int] | WindowGrid, window: Sequence[int] | None = 
     return windows
 
 
-def _backend(name: str, *tensors: Tensor, windows: WindowGrid | None = None) -> ModuleType:
-    return backends.load(backends.resolve(name, *tensors, windows=windows))
+# What a call depends on of its tensors, until they are at work.
+_facts = attrgetter("__class__", "shape", "dtype", "device")
+# The backend of each call that has passed its check, by all that the check and the choice look at.
+_known: Memo[Backend] = Memo()
+
+
+def _backend(
+    name: str,
+    check: Callable[..., None],
+    windows: WindowGrid | None,
+    x: Tensor,
+    *others: Tensor | None,
+) -> Backend:
+    """The backend that runs a call, once its inputs have passed `check`; both are paid for once."""
+    if torch.compiler.is_compiling() or transformed():
+        return _settle(name, check, windows, x, *others)
+    try:
+        own = [None if t is None else _facts(t) for t in others]
+        key = (name, check, windows, autocast_dtype(x) is None, _facts(x), *own)
+        found = _known.get(key)
+    except (AttributeError, TypeError):  # no tensor, or symbolic sizes, which cannot be looked up
+        return _settle(name, check, windows, x, *others)
+    return found or _known.keep(key, _settle(name, check, windows, x, *others))
+
+
+def _settle(
+    name: str, check: Callable[..., None], windows: WindowGrid | None, *tensors: Any
+) -> Backend:
+    check(windows, *tensors)
+    inputs = [t for t in tensors if t is not None and t.is_floating_point()]
+    return backends.load(backends.resolve(name, *inputs, windows=windows))
+
+
+def _check_window_mean(windows: WindowGrid, x: Tensor) -> None:
+    _check_tensors(3, "(B, N, C)", x=x)
+    _check_tokens(windows, x=x)
+
+
+def _check_attention(_: None, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}")
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q (B, N, H, D) and k (B, M, H, D) must agree in B, H and D; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if key_mask is not None:
+        _check_key_mask(key_mask, k)
+
+
+def _check_window_attention(windows: WindowGrid, q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
+    if not q.shape == k.shape == v.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(f"q, k and v must have one shape (B, N, H, D); got {shapes}")
+    _check_tokens(windows, q=q)
 
 
 def _check_tensors(ndim: int, shape: str, **tensors: Tensor) -> None:
@@ -355,9 +394,17 @@ def _check_same(attributes: Sequence[str], **tensors: Tensor) -> None:
             raise ValueError(f"{', '.join(tensors)} must have one {what}; got {got}")
 
 
-def _check_norm(x: Tensor, y: Tensor | None, **vectors: Tensor | None) -> None:
-    """`vectors` are gate, shift and scale; under autocast the dtypes may differ."""
+def _check_norm(
+    windows: WindowGrid | None,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """Under autocast the dtypes may differ."""
     tokens = dict(x=x) if y is None else dict(x=x, y=y)
+    vectors = dict(gate=gate, shift=shift, scale=scale)
     given = {name: t for name, t in vectors.items() if t is not None}
     _check_shapes(3, "(B, N, C)", **tokens)
     _check_shapes(2, "(B, C)", **given)
@@ -372,10 +419,10 @@ def _check_norm(x: Tensor, y: Tensor | None, **vectors: Tensor | None) -> None:
     if ("shift" in given) != ("scale" in given):
         raise ValueError(f"shift and scale come together; got {', '.join(given)} only")
     _check_same(("device",), **tokens, **given)
-    if any(t.dtype != x.dtype for t in (*tokens.values(), *given.values())):
-        kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            _check_same(("dtype",), **tokens, **given)
+    if autocast_dtype(x) is None:
+        _check_same(("dtype",), **tokens, **given)
+    if windows is not None:
+        _check_tokens(windows, x=x)
 
 
 def _check_tokens(windows: WindowGrid, **tensor: Tensor) -> None:
@@ -398,9 +445,7 @@ def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
         raise ValueError(f"key_mask must be on {k.device}, where k is; got {key_mask.device}")
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return float(q.shape[-1] ** -0.5)
+def _number(scale: Any) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None; got {scale!r}")
     return float(scale)

@@ -157,7 +157,7 @@ def test_what_cannot_run_here_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("ptattn.autograd.INTERPRETED", False)
+    monkeypatch.setattr("ptattn.backends.triton.INTERPRETED", False)
     for arguments, part in (
         (["--device", "cuda"], "argument --device: got cuda"),
         (["--backend", "triton"], "argument --backend: backend 'triton' cannot run here: "),

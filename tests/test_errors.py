@@ -255,7 +255,7 @@ def test_layer_with_unknown_backend():
 @every_op
 def test_backend_that_cannot_run_gives_every_reason(op, monkeypatch):
     """It never falls back to another one."""
-    monkeypatch.setattr("ptattn.autograd.INTERPRETED", False)
+    monkeypatch.setattr("ptattn.backends.triton.INTERPRETED", False)
     inputs = {name: t.double() for name, t in good_tensors(op).items()}
     reasons = ["on the CPU", "TRITON_INTERPRET=1", "float64"]
     if op != "window_mean":
@@ -265,7 +265,7 @@ def test_backend_that_cannot_run_gives_every_reason(op, monkeypatch):
 
 
 def test_triton_limits(monkeypatch):
-    monkeypatch.setattr("ptattn.autograd.INTERPRETED", True)
+    monkeypatch.setattr("ptattn.backends.triton.INTERPRETED", True)
     x = torch.randn(1, 1, 2**14 + 8)
     with raises(RuntimeError, "at most 16384 channels; got 16392"):
         ptattn.window_mean(x, (1, 1), (1, 1), backend="triton")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ptattn
-from ptattn import autograd  # noqa: F401  registers the operators
+from ptattn.backends import triton  # noqa: F401  registers the operators
 from tests.support.checks import dense, key_mask, means, norms, windows
 
 TINY = ((3, 5), (2, 2), (1, 1))
@@ -39,7 +39,7 @@ def test_opcheck_attention(batch, layout, keys):
         q, k, v = (t.detach() for t in (q, k, v))
         out, lse = OPS.attention(q, k, v, mask, 0.3)
         kept = out if lse.ndim == 3 else None
-        arguments = (q, k, v, mask, 0.3, kept, lse, torch.randn_like(out), [True, False, True])
+        arguments = (q, k, v, mask, kept, lse, torch.randn_like(out), 0.3, [True, False, True])
         opcheck(OPS.attention_backward.default, arguments)
 
 
@@ -52,7 +52,8 @@ def test_opcheck_window_attention(batch, window):
     q, k, v = (t.detach() for t in (q, k, v))
     out, lse = OPS.window_attention(q, k, v, *geometry)
     kept = out if lse.ndim == 3 else None
-    arguments = (q, k, v, *geometry, kept, lse, torch.randn_like(out), [False, True, True])
+    grad, (scale,) = torch.randn_like(out), geometry[3:]
+    arguments = (q, k, v, kept, lse, grad, *geometry[:3], scale, [False, True, True])
     opcheck(OPS.window_attention_backward.default, arguments)
 
 

@@ -26,11 +26,11 @@ from tests import conftest
 from tests.support.checks import Case, dense, means, norms, windows
 
 pytest.importorskip("triton")
-from ptattn.kernels import launch
+from ptattn.kernels import host, pool
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's memory protection"),
-    pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not host.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,13 +96,13 @@ def assert_equal(results, expected):
 
 def run_where_it_lies(case):
     """The results, of kernels that read every tensor of the case itself, not a copy."""
-    run, addresses = launch.Launch.run, set()
+    run, addresses = host.Launch.run, set()
 
-    def spy(self, device):
+    def spy(self):
         addresses.update(a.data_ptr() for a in self.args if isinstance(a, torch.Tensor))
-        run(self, device)
+        run(self)
 
-    with mock.patch.object(launch.Launch, "run", spy):
+    with mock.patch.object(host.Launch, "run", spy):
         results = case.run("triton")
     assert addresses >= {t.data_ptr() for t in all_tensors(case)}
     return results
@@ -115,7 +115,7 @@ def run_within(case, allocate):
         return allocate(math.prod(shape), dtype or x.dtype).view(shape)
 
     case = moved(case, lambda t: empty(t, *t.shape).copy_(t))
-    with mock.patch.object(launch.shared, "empty", empty):
+    with mock.patch.object(host, "empty", empty):
         return case, run_where_it_lies(case)
 
 
@@ -196,7 +196,7 @@ def read_beside(at_end):
 
 def read_one_token_too_many():
     tokens = guarded(76 * 24, torch.float32, at_end=True).view(1, 76, 24)
-    launch.window_mean(tokens, WindowGrid(*SMALL[:2]))
+    pool.window_mean(tokens, WindowGrid(*SMALL[:2]))
 
 
 def status_of_fork(function):

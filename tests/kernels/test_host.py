@@ -12,7 +12,7 @@ from ptattn.geometry import WindowGrid
 from tests.support.cases import LAYOUTS
 
 triton = pytest.importorskip("triton")
-from ptattn.kernels import configs, launch, window  # noqa: E402
+from ptattn.kernels import attention, configs, host, window  # noqa: E402
 
 WINDOWS = WindowGrid((4, 20, 30), (2, 4, 4), (1, 2, 2))
 LARGE = WindowGrid((4, 20, 30), (4, 8, 8), (2, 4, 4))
@@ -29,19 +29,19 @@ def forward_and_backward(batch, which, arch="sm90"):
     """What one attention launches, forward and backward."""
     windows = which if isinstance(which, WindowGrid) else None
     q, k, v = qkv(batch, 2400, keys=None if windows else which)
-    with launch.record(arch) as launches:
+    with host.record(arch) as launches:
         if windows:
-            out, lse = launch.window_attention(q, k, v, windows, 0.1)
-            launch.window_attention_backward(q, k, v, windows, 0.1, out, lse, out, (True,) * 3)
+            out, lse = attention.windowed(q, k, v, windows, 0.1)
+            attention.windowed_backward(q, k, v, windows, 0.1, out, lse, out, (True,) * 3)
         else:
-            out, lse = launch.attention(q, k, v, None, 0.1)
-            launch.attention_backward(q, k, v, None, 0.1, out, lse, out, (True,) * 3)
+            out, lse = attention.dense(q, k, v, None, 0.1)
+            attention.dense_backward(q, k, v, None, 0.1, out, lse, out, (True,) * 3)
     return launches
 
 
 @pytest.mark.parametrize("channels", range(8, 129, 8))
 def test_split_of_channels(channels):
-    first, second = launch.split_channels(channels)
+    first, second = host.split_channels(channels)
     for width in (first, second):
         assert width == 0 or (width >= 16 and width & (width - 1) == 0)
     assert channels <= first + second <= triton.next_power_of_2(max(channels, 16))
@@ -49,8 +49,8 @@ def test_split_of_channels(channels):
 
 def test_split_of_channels_wastes_little():
     expected = {48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 120: (128, 0)}
-    assert {channels: launch.split_channels(channels) for channels in expected} == expected
-    assert launch.split_channels(1152) == (1024, 128)
+    assert {channels: host.split_channels(channels) for channels in expected} == expected
+    assert host.split_channels(1152) == (1024, 128)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,17 @@ def test_split_of_channels_wastes_little():
 )
 def test_alignment_divides_every_stride(layout, align):
     t = LAYOUTS[layout](torch.empty, (3, 9, 5, 24))
-    assert launch.alignment(t) == align
+    assert host.alignment(*host.facts(t)) == align
     assert all(stride % align == 0 for stride in t.stride()[:-1])
 
 
 def test_alignment_of_odd_strides():
     t = torch.empty(2, 3, 2, 25)[..., :24]
-    assert launch.alignment(t) == 1
-    assert launch.alignment(t, torch.empty(2, 3, 2, 24)) == 1
+    assert host.alignment(*host.facts(t)) == 1
+    assert host.alignment(*host.facts(t, torch.empty(2, 3, 2, 24))) == 1
+    alone = torch.empty(7, 24).as_strided((1, 3, 2, 24), (7, 48, 24, 1))
     # A stride that only index 0 uses does not matter.
-    assert launch.alignment(torch.empty(7, 24).as_strided((1, 3, 2, 24), (7, 48, 24, 1))) == 8
+    assert host.alignment(*host.facts(alone)) == 8
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_kernel_that_does_not_fit_is_named(monkeypatch):
     error = triton.OutOfResources(300_000, 232_448, "shared memory")
     monkeypatch.setattr(window, "window_forward", Broken(error))
     q = torch.randn(2, 12, 1, 16)
-    with pytest.raises(launch.KernelError) as caught:
+    with pytest.raises(host.KernelError) as caught:
         ptattn.window_attention(q, q, q, (3, 4), (2, 2), backend="triton")
     message = str(caught.value)
     for part in ("ptattn.window_attention", "(2, 12, 1, 16)", "warps=8", "'D': 16", "300000"):
@@ -169,7 +170,7 @@ def test_out_of_memory_is_named(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(launch.shared, "empty", full)
+    monkeypatch.setattr(host, "empty", full)
     q = torch.randn(2, 12, 1, 16)
     with pytest.raises(torch.OutOfMemoryError, match=r"ptattn.attention of \(2, 12, 1, 16\)"):
         ptattn.attention(q, q, q, backend="triton")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ptattn
-from ptattn.kernels import launch
+from ptattn.kernels import norm
 from tests.support.cases import DTYPES, LAYOUTS
 from tests.support.checks import each, hold, norms
 
@@ -58,7 +58,7 @@ def test_batches(batch):
 
 def test_programs_that_sum_several_tiles(monkeypatch):
     """Two tiles of tokens each, the third one, and the last none."""
-    monkeypatch.setattr(launch.norms, "MOST_PARTS", 4)
+    monkeypatch.setattr(norm, "MOST_PARTS", 4)
     check((2, 70), torch.float16, channels=8)
 
 

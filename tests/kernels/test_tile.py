@@ -10,7 +10,7 @@ from ptattn.geometry import WindowGrid
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from ptattn.kernels import launch  # noqa: E402
+from ptattn.kernels import host  # noqa: E402
 from ptattn.kernels.tile import (  # noqa: E402
     box_size,
     num_windows,
@@ -46,7 +46,7 @@ def coordinates(windows):
     count = triton.next_power_of_2(windows.num_windows + 1)  # with one past the last
     tokens = torch.empty(count, SLOTS, dtype=torch.int32)
     counts, owners = torch.empty(1, dtype=torch.int32), torch.empty(SLOTS, dtype=torch.int32)
-    geometry = launch.geometry(windows)
+    geometry = host.geometry(windows)
     _coordinates[(1,)](tokens, counts, owners, *geometry, WINDOWS=count, SLOTS=SLOTS)
     assert counts.item() == windows.num_windows
     members = [row[row >= 0].tolist() for row in tokens]
@@ -93,7 +93,7 @@ def _divide(x, y, out, SIZE: tl.constexpr):
 
 def test_quotient_is_exact():
     """Where it is hardest: at and next to the multiples of y, up to the largest window."""
-    limit = launch.MAX_WINDOW
+    limit = host.MAX_WINDOW
     y = torch.randint(1, 3000, (2**16,))
     y[:3000] = torch.arange(1, 3001)
     multiple = (limit - 1 - torch.randint(0, limit // 2, y.shape)) // y * y

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Segment, WindowGrid
+from ..geometry import Segment, WindowGrid
 
 Slab = tuple[Segment, ...]  # a run of windows on each axis
 
@@ -46,11 +46,11 @@ def norm(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     if key_mask is None:
-        return _sdpa(q, k, v, scale)
+        return _sdpa(q, k, v, scale).contiguous()
     # Softmax over nothing is NaN: a sample without a key attends to all of them, made zero.
     has_key = key_mask.any(dim=1)[:, None]
     k, v = (torch.where(has_key[..., None, None], t, 0) for t in (k, v))
-    return _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :])
+    return _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :]).contiguous()
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:
@@ -73,7 +73,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
         return out.reshape(b, nf * pf, nh * ph, nw * pw, heads, d)
 
     out = _by_slab(attend, tuple(t.unflatten(1, (f, h, w)) for t in (q, k, v)), runs)
-    return out.flatten(1, 3)
+    return out.flatten(1, 3).contiguous()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import WindowGrid
+from ..geometry import WindowGrid
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
             # gives NaN.
             weights = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(-1)
             weights = weights.masked_fill(absent, 0)
-        return torch.einsum("bhnm,bmhd->bnhd", weights, _exact(v)).to(q.dtype)
+        return torch.einsum("bhnm,bmhd->bnhd", weights, _exact(v)).to(q.dtype).contiguous()
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:

@@ -6,37 +6,67 @@ An explicit name runs that backend or raises with every reason why it cannot; it
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..geometry import WindowGrid
 from . import reference, sdpa
-from .geometry import WindowGrid
 
 BACKENDS = ("reference", "sdpa", "triton")
 CHOICES = (*BACKENDS, "auto")
 
 
-def load(backend: str) -> ModuleType:
+class Backend(Protocol):
+    """What a backend is: differentiable operations on inputs that `ops` has checked.
+
+    Shapes are those of `ops`. Inputs have any strides; what attends returns contiguous tensors.
+    What a backend cannot take, `reasons_against` names; all else it must.
+    """
+
+    def window_mean(self, x: Tensor, windows: WindowGrid) -> Tensor:
+        """(B, N, C) to (B, M, C); windows without a shift."""
+
+    def norm(
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None,
+        scale: Tensor | None, windows: WindowGrid | None, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """The residual x + gate · y (x without y), its modulated norm, and its window means.
+
+        shift and scale come together, and never with windows. Under autocast dtypes may differ.
+        """
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """A sample without a key that may be attended to gives zeros, and zero gradients."""
+
+    def window_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float
+    ) -> Tensor: ...
+
+
+def load(backend: str) -> Backend:
     """The module that runs a backend; that of triton is imported when first asked for."""
     if backend == "triton":
-        from . import autograd
+        from . import triton
 
-        return autograd
-    return {"reference": reference, "sdpa": sdpa}[backend]
+        return cast(Backend, triton)
+    return cast(Backend, {"reference": reference, "sdpa": sdpa}[backend])
 
 
 def reasons_against(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -> list[str]:
     """Every reason why `backend` cannot run on these tensors; empty if it can.
 
-    Tensors of four axes are queries, keys and values, those of three are tokens.
+    Tensors of four axes are queries, keys and values, those of three are tokens. Reasons depend on
+    the tensors' shapes, dtypes and devices, and on the tensors themselves under transforms alone.
     """
     if backend != "triton":
         return []
     try:
-        triton = load("triton")
+        triton: Any = load("triton")
     except ImportError as error:
         return [f"triton cannot be imported: {error}"]
     reasons = _against_transforms(tensors)

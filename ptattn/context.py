@@ -1,0 +1,46 @@
+"""What torch is doing around a call: autocast, transforms, and who looks at operators.
+
+These are asked at every call, never remembered, and are the one home of torch's private queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has for x's device, or None where it is off."""
+    kind = x.device.type
+    # Asking which devices have autocast is more than torch 2.11 can compile; "meta" has none.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through torch's dispatcher, as somebody looks at what passes there.
+
+    That is torch.compile and other tracers, every dispatch mode (FLOP counting, selective
+    checkpointing, fake tensors), transforms, the profiler, tensors of other classes and of "meta".
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
+        or not {*map(type, tensors)} <= _PLAIN
+        or (tensors[0] is not None and tensors[0].is_meta)
+    )
