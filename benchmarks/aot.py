@@ -37,6 +37,7 @@ from torch import Tensor
 from benchmarks import compiled, roofline
 from benchmarks.compiled import Compiled
 from benchmarks.roofline import Prediction, Work
+from benchmarks.tables import Column, table
 from ptattn.geometry import Triple, WindowGrid
 from ptattn.kernels import attention, host, norm, pool
 from ptattn.kernels.host import Launch
@@ -267,14 +268,7 @@ def _failures_on_hopper(row: Row, built: Compiled) -> Iterator[str]:
         yield f"{row.per_sm} program per multiprocessor"
 
 
-@dataclass(frozen=True)
-class Column:
-    title: str
-    show: Callable[[Row], str]
-    narrow: bool = True  # shown on a narrow terminal too
-
-
-COLUMNS = (
+COLUMNS: tuple[Column[Row], ...] = (
     Column("arch", lambda row: row.job.arch),
     Column("width", lambda row: row.job.uses[0].case.label),
     Column("kernel", lambda row: row.job.kernel),
@@ -315,21 +309,6 @@ def _wide_loads(built: Compiled) -> str:
 
 def _microseconds(timing: Timing) -> str:
     return "" if timing.predicted is None else f"{timing.predicted.total * 1e6:.1f}"
-
-
-def table(rows: Sequence[Row], width: int) -> str:
-    """All columns where they fit."""
-    text = _table(rows, COLUMNS)
-    if len(text.splitlines()[0]) > width:
-        text = _table(rows, [column for column in COLUMNS if column.narrow])
-    return text
-
-
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    cells = [[c.title for c in columns], *([c.show(row) for c in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(lines)
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -389,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"\r{len(rows)} of {len(selected)} compiled", end="\r", file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1), encoding="utf-8")
-    print(table(rows, shutil.get_terminal_size().columns))
+    print(table(rows, COLUMNS, shutil.get_terminal_size().columns))
     failed = [f"{row.job.label}: {text}" for row in rows for text in failures(row)]
     print(f"\nCompiled: {len(rows)}. Failed checks: {len(failed)}.", *failed, sep="\n")
     return bool(failed)

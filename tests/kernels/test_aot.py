@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import aot, compiled, roofline
+from benchmarks import aot, compiled, roofline, tables
 from benchmarks.compiled import Compiled, Instructions, Resources, Tiles
 from ptattn.geometry import WindowGrid
 
@@ -136,7 +136,7 @@ def test_a_product_without_wgmma_fails(change):
 def test_serialized_wgmma_is_shown():
     serial = row(spilling(serialized=True))
     assert aot.failures(serial) == []
-    assert "serial" in aot.table([replace(serial, timings=(timing(),))], 200)
+    assert "serial" in tables.table([replace(serial, timings=(timing(),))], aot.COLUMNS, 200)
 
 
 def test_a_narrow_load_fails():
@@ -274,7 +274,7 @@ def test_time_follows_the_scarcest_resource():
 
 @pytest.mark.parametrize(("width", "columns"), [(80, 8), (200, 17)])
 def test_the_table_fits_the_terminal(width, columns):
-    text = aot.table([replace(row(GOOD), timings=(timing(),))], width)
+    text = tables.table([replace(row(GOOD), timings=(timing(),))], aot.COLUMNS, width)
     head = text.splitlines()[0]
     assert len(head.replace("build s", "build").replace("per SM", "per").split()) == columns
     assert len(head.rstrip()) <= width
