@@ -37,17 +37,24 @@ FIRST = {
     "reduce": "parts",
     "window": "small_windows or bad_number or stays",
     "tile": "far_elements or every_small or large_scores or small_windows or few_keys_sizes",
-    "launch/shared": "align or split or small_windows",
-    "launch/attention": "small_windows",
-    "launch/norms": "norm",
+    "host": "align or split or small_windows or layouts",
+    "attention": "many_keys or launched",
+    "backends/operator": "double or flops or subsets",
+    "backends/triton": "norm",
 }
 
 
 class Fault(NamedTuple):
+    """`file` is a module of kernels/, or with its folder one of the package."""
+
     file: str
     name: str
     old: str
     new: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.file}.py" if "/" in self.file else f"kernels/{self.file}.py"
 
 
 TILE = [
@@ -221,24 +228,44 @@ NORM = [
 HOST = [
     Fault("reduce", "one part too few", "range(1, splits)", "range(2, splits)"),
     Fault("reduce", "parts of another sample", "row * splits * inner", "row * inner"),
-    Fault("launch/shared", "shift in the wrong direction", "*(-s % p for", "*(s for"),
-    Fault("launch/attention", "last tile of windows missing",
-          "tiles = triton.cdiv(windows.num_windows, rows // slots)",
-          "tiles = max(1, windows.num_windows // (rows // slots))"),
-    Fault("launch/shared", "alignment promised that is not there",
+    Fault("reduce", "sum of one part twice", "if self.splits == 1:", "if self.splits == 2:"),
+    Fault("host", "shift in the wrong direction", "*(-s % p for", "*(s for"),
+    Fault("host", "alignment promised that is not there",
           "return math.gcd(16, *strides)", "return 16"),
-    Fault("launch/shared", "head dim padded beyond need",
+    Fault("host", "head dim padded beyond need",
           "return (first, second) if first + second < whole else (whole, 0)", "return whole, 0"),
-    Fault("launch/norms", "strides of the tokens swapped",
-          "total, normed, *strides_of(x, y_or), *vectors",
-          "total, normed, *strides_of(y_or, x), *vectors"),
-    Fault("launch/norms", "strides of the vectors swapped",
-          "for t in (gate, shift, scale)]", "for t in (shift, gate, scale)]"),
-    Fault("launch/norms", "rows beyond what is left",
-          "start(\n        kernel, b * splits,", "start(\n        kernel, b * max(1, splits - 1),"),
+    Fault("host", "channels that do not lie together read as if they did",
+          "t.stride(-1) == 1 or", "True or"),
+    Fault("attention", "many keys taken for few", "if k.shape[1] > FEW_KEYS:",
+          "if k.shape[1] > 2 * FEW_KEYS:"),
+    Fault("window", "last tile of windows missing",
+          "tiles = host.cdiv(windows.num_windows, rows // slots)",
+          "tiles = max(1, windows.num_windows // (rows // slots))"),
+    Fault("norm", "strides of the tokens swapped",
+          "numbers = (*host.strides_of(x, y or x), *map(",
+          "numbers = (*host.strides_of(y or x, x), *map("),
+    Fault("norm", "strides of the vectors swapped",
+          "map(stride_of, (gate, shift, scale))", "map(stride_of, (shift, gate, scale))"),
+    Fault("norm", "rows beyond what is left",
+          "Plan(norm_backward, b * splits,", "Plan(norm_backward, b * max(1, splits - 1),"),
 ]  # fmt: skip
 
-FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *NORM, *HOST]
+# Of the way to a kernel, in backends/.
+WAY = [
+    Fault("backends/operator", "second derivative without a word",
+          "if torch.is_grad_enabled() or observed(*args[: self.backward.tensors]):",
+          "if observed(*args[: self.backward.tensors]):"),
+    Fault("backends/operator", "nobody sees the operators", "        if observed(*tensors):\n",
+          "        if observed(*tensors) and False:\n"),
+    Fault("backends/operator", "no gradient of the second tensor on",
+          "for t in tensors:\n", "for t in tensors[:1]:\n"),
+    Fault("backends/triton", "gradients by the inputs of no residual",
+          "normed_from = x if y is None else output[0]", "normed_from = x"),
+    Fault("backends/triton", "gradient of the residual's branch not gated",
+          "(dx if gate is None else dy) if need_y", "dx if need_y"),
+]  # fmt: skip
+
+FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *NORM, *HOST, *WAY]
 
 
 def run(fault: Fault | None, only: str = "") -> subprocess.CompletedProcess[str]:
@@ -249,7 +276,7 @@ def run(fault: Fault | None, only: str = "") -> subprocess.CompletedProcess[str]
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if fault:
-            _insert(fault, copy / "ptattn" / "kernels" / f"{fault.file}.py")
+            _insert(fault, copy / "ptattn" / fault.path)
         environment = dict(os.environ, PYTHONPATH=folder, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider"]
         return subprocess.run(

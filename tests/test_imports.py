@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The one import order of the project, which the documents quote. A unit is a module or subpackage of
+# The one import order of the project, quoted by the documents. A unit is a module or subpackage of
 # ptattn; each imports only from lines above its own.
 ORDER = [
     {"memo", "context", "files", "command_line"},
