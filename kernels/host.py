@@ -144,9 +144,14 @@ class Plan:
             _recorder.launches.append(launch)
         elif self.programs:
             compiled = launch.run()
-            if isinstance(compiled, CompiledKernel) and not torch.version.hip:
-                if not any(t.data_ptr() & 15 for t in tensors):
-                    self._started = _without_binder(compiled, self, tensors[0].device)
+            aligned = not any(t.data_ptr() & 15 for t in tensors)
+            if self._started is None and aligned and _can_start(compiled):
+                self._started = _without_binder(compiled, self, tensors[0].device)
+
+
+def _can_start(compiled: Any) -> bool:
+    """Not what the interpreter returns, nor on AMD, where tensors' sizes are compiled in, too."""
+    return isinstance(compiled, CompiledKernel) and not torch.version.hip
 
 
 def _without_binder(
@@ -155,7 +160,7 @@ def _without_binder(
     """Start a compiled kernel by its pointers alone, sparing Triton's binder and its queries.
 
     `CompiledKernel.run` is called as JITFunction.run does, alike in Triton 3.3 to 3.8; constants
-    keep their places and are not read. On AMD a kernel is compiled for its tensors' sizes, too.
+    keep their places and are not read.
     """
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     rest = (*plan.numbers, *plan.constants)

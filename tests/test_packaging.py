@@ -59,7 +59,7 @@ def test_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(unpacked)
     elsewhere.mkdir()
     code = (
-        "import ptattn, ptattn.kernels as k; from ptattn.kernels import configs, launch;"
+        "import ptattn, ptattn.kernels as k; from ptattn.kernels import configs, host;"
         "assert configs.table()['default']; print(ptattn.__file__); print(k.__file__)"
     )
     done = subprocess.run(

@@ -69,8 +69,7 @@ class Operator:
             raise type(error)(f"ptattn.{self.name} of {got}: {error}") from error
 
     def joined(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The dispatcher's arguments with tuples for lists, and in place of the geometry a WindowGrid
-        or None."""
+        """The dispatcher's arguments, with a WindowGrid or None for the geometry."""
         args = tuple([tuple(a) if isinstance(a, list) else a for a in args])
         if not self.geometry:
             return args
