@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A unit is a module or subpackage of ptattn; each imports only from lines above its own.
 ORDER = [
-    {"geometry", "files", "command_line"},
+    {"geometry", "files", "command_line", "capture"},
     {"reference", "sdpa", "kernels"},
     {"autograd"},
     {"backends"},
     {"ops"},
     {"layers"},
     {"models", "proxy_attention"},
-    {"flops", "checkpoint", "environment", "flow", "replace"},
+    {"flops", "checkpoint", "environment", "flow", "graphs", "replace"},
     {"paper", "pipelines"},
     {"compare"},
     {"bench", "convert", "train"},
