@@ -22,7 +22,7 @@ class CapturedGraph:
     Args:
         function: takes a list of tensors like `inputs`.
         inputs: on one CUDA device, in any layout.
-        pool: of another graph to share memory with, which never runs at the same time; or None.
+        pool: of other graphs to share memory with, which never run at the same time; or None.
         name: of the function and its inputs, for errors.
 
     Raises:
@@ -44,6 +44,7 @@ class CapturedGraph:
             )
         torch.cuda.synchronize(device)
         stream, warm = _capture_stream(device), False
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         with torch.cuda.device(device), torch.cuda.stream(stream), _plain_inference():
             try:
                 self.inputs = [t.detach().clone() for t in inputs]
@@ -55,7 +56,7 @@ class CapturedGraph:
                     function(self.inputs)
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(
-                    self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                    self._graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
                 ):
                     self.outputs = function(self.inputs)
             except Exception as error:
@@ -64,10 +65,9 @@ class CapturedGraph:
                 memory = isinstance(cause, torch.cuda.OutOfMemoryError)
                 if not warm and not memory:
                     raise
-                _renew_generator(device)
+                _mend(device, self.pool)
                 raise CaptureError(_reason(name, cause, memory)) from error
         torch.cuda.synchronize(device)
-        self.pool = self._graph.pool()
 
     def replay(self) -> Any:
         """Run it on what `inputs` hold; the result is overwritten by the next replay."""
@@ -108,10 +108,14 @@ def _refuse_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _renew_generator(device: torch.device) -> None:
-    """A capture that breaks leaves torch's generator waiting for its end; a copy does not wait."""
+def _mend(device: torch.device, pool: Any) -> None:
+    """Undo what a broken capture leaves in torch, before 2.13 at least."""
+    # The random generator waits for the end of the capture. A copy of it does not.
     generator = torch.cuda.default_generators[device.index]
     generator.graphsafe_set_state(generator.clone_state())
+    # The allocator goes on looking for work of the capture. Where it has stopped, it says so.
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def _reason(name: str, cause: BaseException, memory: bool) -> str:

@@ -26,7 +26,7 @@ TRAINING = (
 )
 
 
-def graphed(model: nn.Module, *, max_graphs: int = 8) -> Graphed:
+def graphed(model: nn.Module, *, max_graphs: int = 8) -> Any:
     """A callable that captures the model in CUDA graphs and replays them, for inference.
 
     The first call of an input signature runs the model twice, then captures it; the next ones copy
@@ -81,10 +81,10 @@ class Graphed:
     """
 
     def __init__(self, model: nn.Module, max_graphs: int = 8) -> None:
+        if isinstance(model, Graphed):
+            raise TypeError("model is graphed already")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-        if type(model) is Graphed:
-            raise TypeError("model is graphed already")
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be positive; got {max_graphs}")
         self.__model, self.__max_graphs = model, max_graphs
@@ -197,8 +197,8 @@ class Graphed:
     def __delattr__(self, name: str) -> None:
         delattr(self.__model, name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc, override]
+    @property  # type: ignore[misc, override]
+    def __class__(self) -> type:
         """The model's, so that `isinstance` and diffusers take this for it."""
         return type(self.__model)
 

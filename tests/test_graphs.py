@@ -436,7 +436,7 @@ def test_it_is_the_model_to_all_who_ask(captures, tmp_path):
     checkpoint.save_model(fast, tmp_path / "model")
     assert checkpoint.load_model(tmp_path / "model").config == model.config
     host = nn.Sequential(fast)
-    assert [name for name, _ in host.named_parameters()][0].startswith("0.patch_embed")
+    assert next(name for name, _ in host.named_parameters()).startswith("0.patch_embed")
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert repr(twin) == repr(fast)
         assert twin.output.proj.weight is not model.output.proj.weight
