@@ -43,7 +43,7 @@ class CapturedGraph:
                 "Call the model itself"
             )
         torch.cuda.synchronize(device)
-        stream, warm = _capture_stream(device), False
+        stream, warm, capturing = _capture_stream(device), False, False
         self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         with torch.cuda.device(device), torch.cuda.stream(stream), _plain_inference():
             try:
@@ -54,7 +54,7 @@ class CapturedGraph:
                 # the random generator with it: found out before, it breaks nothing.
                 with _refuse_waiting():
                     function(self.inputs)
-                self._graph = torch.cuda.CUDAGraph()
+                self._graph, capturing = torch.cuda.CUDAGraph(), True
                 with torch.cuda.graph(
                     self._graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
                 ):
@@ -65,7 +65,8 @@ class CapturedGraph:
                 memory = isinstance(cause, torch.cuda.OutOfMemoryError)
                 if not warm and not memory:
                     raise
-                _mend(device, self.pool)
+                if capturing:
+                    _mend(device, self.pool)
                 raise CaptureError(_reason(name, cause, memory)) from error
         torch.cuda.synchronize(device)
 

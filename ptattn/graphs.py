@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import operator
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +67,9 @@ class Graphed:
       through `.data`, by other graphs or by other libraries.
     - Outputs belong to the caller.
     - Weights changed in place are read by the next replay. Other weights, buffers or modules
-      (`to`, `load_state_dict(assign=True)`, LoRA added, `fuse`) are captured anew. What else a
-      forward reads in Python, as a LoRA scale, a hook or a flag, is what it was at the capture:
-      call `reset`.
+      (`to`, `load_state_dict(assign=True)`, LoRA added, `fuse`) are captured anew; those replaced
+      stay in memory until then. What else a forward reads in Python, as a LoRA scale, a hook or a
+      flag, is what it was at the capture: call `reset`.
     - Random numbers (dropout in training mode) come from torch's default CUDA generator, new ones
       for every replay, as `torch.manual_seed` says; they are not those of an eager call.
     - Calls from several threads take turns, and a call on another stream waits for the one before.
@@ -89,7 +91,7 @@ class Graphed:
             raise ValueError(f"max_graphs must be positive; got {max_graphs}")
         self.__model, self.__max_graphs = model, max_graphs
         self.__graphs: OrderedDict[Any, _Entry] = OrderedDict()
-        self.__weights: list[Any] = []
+        self.__weights: _Weights | None = None
         self.__stream: Any = None
         self.__lock = threading.Lock()
         # diffusers writes a component's class and module into its index.
@@ -107,8 +109,7 @@ class Graphed:
                 f"torch.inference_mode(); {TRAINING}"
             )
         with self.__lock:
-            if self.__graphs and self.__weights != _weights(self.__model):
-                self.__drop(len(self.__graphs))
+            self.__look_at_weights()
             if key not in self.__graphs:
                 self.__capture(key, tensors, args, kwargs)
             self.__graphs.move_to_end(key)
@@ -151,11 +152,14 @@ class Graphed:
         except CaptureError:
             self.__drop(len(self.__graphs))  # they share a pool with what was left half done
             raise
-        weights = _weights(self.__model)  # after the call: offloading moves them in it
-        if self.__graphs and self.__weights != weights:
-            self.__drop(len(self.__graphs))
-        self.__weights = weights
+        self.__look_at_weights()  # offloading moves them in a call
+        self.__weights = self.__weights or _Weights(self.__model)
         self.__graphs[key] = _Entry(graph, _kept(self.__model))
+
+    def __look_at_weights(self) -> None:
+        """Drop all graphs where weights have been replaced."""
+        if self.__weights is not None and not self.__weights.unchanged():
+            self.__drop(len(self.__graphs))
 
     def __drop(self, count: int) -> None:
         """The least recently used; the GPU may still be at the last replay."""
@@ -163,6 +167,8 @@ class Graphed:
             self.__stream.synchronize()
         for _ in range(count):
             self.__graphs.popitem(last=False)
+        if not self.__graphs:
+            self.__weights = None
 
     def __take_turn(self, device: torch.device) -> None:
         """Graphs share their memory, so a replay on another stream waits for the one before."""
@@ -241,29 +247,46 @@ class _Source:
         )
 
 
-def _weights(model: nn.Module) -> list[Any]:
-    """Which modules a model has and where its weights lie: equal while graphs of it hold."""
-    found: list[Any] = []
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is None:
-            continue
-        found.append(weakref.ref(module))  # not its id, which a later one may have
-        stack.extend(module._modules.values())
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    found += id(tensor), tensor.dtype, _address(tensor)
-    return found
+class _Weights:
+    """Where the weights of a model lie, and whether they still do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.tables: list[dict[str, Any]] = [m._modules for m in modules]
+        for module in modules:
+            self.tables += module._parameters, module._buffers
+        self.filled = [table for table in self.tables if table]
+        self.sizes, self.values = self._sizes(), list(self._values())
+        self.tensors = [t for value in self.values for t in _plain_tensors(value)]
+        self.addresses = self._addresses()
+
+    def unchanged(self) -> bool:
+        """At every call: no loop of Python's over a thousand weights."""
+        return (
+            self._sizes() == self.sizes
+            and all(map(operator.is_, self._values(), self.values))
+            and self._addresses() == self.addresses
+        )
+
+    def _sizes(self) -> list[int]:
+        return list(map(len, self.tables))
+
+    def _values(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self.filled))
+
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.tensors))
 
 
-def _address(tensor: Tensor) -> Any:
-    """Where a tensor's numbers lie; a quantized one is made of several."""
-    if type(tensor) in (nn.Parameter, Tensor) or not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.data_ptr()
-    names, _ = tensor.__tensor_flatten__()
-    return [_address(getattr(tensor, name)) for name in names]
+def _plain_tensors(value: Any) -> list[Tensor]:
+    """A weight, or what a quantized one is made of; nothing of a module."""
+    if not isinstance(value, Tensor):
+        return []
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [
+        t for name in value.__tensor_flatten__()[0] for t in _plain_tensors(getattr(value, name))
+    ]
 
 
 def _kept(model: nn.Module) -> list[Any]:

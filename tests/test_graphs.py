@@ -25,13 +25,12 @@ class Rerun:
     def __init__(self, function, inputs, pool, name):
         type(self).made += 1
         self.function, self.name, self.pool = function, name, object()
-        self.shared = pool is not None
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.inputs = [t.detach().clone() for t in inputs]
             self.outputs = function(self.inputs)
 
     def replay(self):
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             fresh = []
             graphs._map(self.function(self.inputs), lambda t: fresh.append(t) or t)
             static = iter(fresh)
