@@ -1,6 +1,7 @@
 """CUDA graphs of whole models: the bits of eager calls, whatever comes between them; training."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -251,26 +252,40 @@ def gradients(run, model, args):
     return [weight.grad.clone() for weight in model.parameters()]
 
 
-def caption_batch(model):
+class ByLabel(nn.Module):
+    """As in docs/PLATFORM.md: make_graphed_callables takes tensors by position."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents, timestep, labels):
+        return self.model(latents, timestep, labels=labels)
+
+
+def training_batch(model):
     (latents, timestep), condition = batch_for(model)
-    return latents, timestep, condition["caption"]
+    return latents, timestep, condition["caption" if "caption" in condition else "labels"]
 
 
-def test_a_training_step_by_make_graphed_callables():
+@pytest.mark.parametrize("name", ["pt-dit-xl", "pt-dit-s-class"])
+def test_a_training_step_by_make_graphed_callables(name):
     """The recipe of docs/PLATFORM.md; gradients have the bits of eager ones."""
-    model = on_gpu().train()
-    twin = copy.deepcopy(model)
-    graphed = torch.cuda.make_graphed_callables(model, caption_batch(model))
+    model = on_gpu(name).train()
+    draw = functools.partial(training_batch, model)
+    first, whole = draw(), ByLabel(model) if model.config.num_classes else model
+    twin = copy.deepcopy(whole)
+    graphed = torch.cuda.make_graphed_callables(whole, first)
     for _ in range(3):
-        args = caption_batch(model)
-        ours, eager = gradients(graphed, model, args), gradients(twin, twin, args)
+        args = draw()
+        ours, eager = gradients(graphed, whole, args), gradients(twin, twin, args)
         assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
 
 
 def test_a_training_step_by_reduced_overhead():
     """The same for torch.compile, which rounds in other places than eager torch."""
     model = on_gpu().train()
-    args = caption_batch(model)
+    args = training_batch(model)
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):  # to warm up, to record, to replay
         torch.compiler.cudagraph_mark_step_begin()
