@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from . import checkpoint, flops, models
 from .geometry import WindowGrid
+from .graphs import graphed
 from .layers import GlobalInteraction, TextureComplement
 from .ops import attention, explain, window_attention, window_mean
 from .proxy_attention import ProxyAttention
@@ -19,6 +20,7 @@ __all__ = [
     "checkpoint",
     "explain",
     "flops",
+    "graphed",
     "models",
     "replace_attention",
     "restore_attention",

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # The one import order of the project, quoted by the documents. A unit is a module or subpackage of
 # ptattn; each imports only from lines above its own.
 ORDER = [
-    {"memo", "context", "files", "command_line"},
+    {"memo", "context", "capture", "files", "command_line"},
     {"geometry"},
     {"kernels"},
     {"backends"},
     {"ops"},
     {"layers"},
     {"models", "proxy_attention"},
-    {"flops", "checkpoint", "environment", "flow", "replace"},
+    {"flops", "checkpoint", "environment", "flow", "graphs", "replace"},
     {"paper", "pipelines"},
     {"compare"},
     {"bench", "convert", "train"},

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from .. import files
+from ..capture import CaptureError
 from ..checkpoint import load_model
 from ..command_line import UsageError, count, number
+from ..graphs import graphed
 from . import config as configs
 from .config import Config
 from .state import CLASSES, MODEL, read_config
@@ -50,6 +52,10 @@ def add_parsers(commands: Any) -> None:
     sample.add_argument("--guidance", type=number, help="1 is none (default: the run's)")
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     sample.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction,
+        help="replay the model as a CUDA graph (default: on a GPU)",
+    )  # fmt: skip
+    sample.add_argument(
         "--out", metavar="FILE", default="sample",
         help="without .png or .gif, which is added (default: %(default)s)",
     )  # fmt: skip
@@ -82,8 +88,13 @@ def _sample(options: argparse.Namespace, command: str) -> int:
         names = [name for name in options.conditions for _ in range(options.count)]
         conditions = _conditions(names, config, folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if options.graph and device.type != "cuda":
+            raise UsageError("argument --graph: needs a CUDA GPU, and torch finds none")
+        model = load_model(folder / MODEL).eval().to(device)
+        if device.type == "cuda" and options.graph is not False:
+            model = graphed(model)
         pictures = draw(
-            load_model(folder / MODEL).eval().to(device),
+            model,
             config,
             conditions,
             device=device,
@@ -109,5 +120,7 @@ def _clear_errors() -> Iterator[None]:
     """What went wrong in words, not in a traceback."""
     try:
         yield
+    except CaptureError as error:
+        raise UsageError(f"{error}, with --no-graph") from error
     except (ArithmeticError, ImportError, MemoryError, OSError, ValueError) as error:
         raise UsageError(str(error)) from error

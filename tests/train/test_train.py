@@ -180,7 +180,7 @@ def test_one_batch_is_learned(task):
     pytest.fail(f"loss went from {losses[0]:.3f} to {losses[-1]:.3f} only")
 
 
-def test_a_run_writes_its_files_and_samples(folder, capsys):
+def test_a_run_writes_its_files_and_samples(folder, capsys, monkeypatch):
     out, config = folder / "run", folder / "config.json"
     config.write_text(json.dumps(changed(data__folder=str(folder / "data"))))
     (folder / "data" / "dark" / "corrupt.png").write_bytes(b"")
@@ -202,6 +202,10 @@ def test_a_run_writes_its_files_and_samples(folder, capsys):
     assert one == two != three
     with pytest.raises(UsageError, match=r"red: no class of .*; known: dark, light"):
         command("sample", out, "red")
+    assert command("sample", out, "dark", "--no-graph", "--out", folder / "four") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="argument --graph: needs a CUDA GPU"):
+        command("sample", out, "dark", "--graph")
 
 
 def test_grids():
