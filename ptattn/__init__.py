@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from . import checkpoint, flops, models
 from .geometry import WindowGrid
 from .layers import GlobalInteraction, TextureComplement
+from .models.fuse import fuse, unfuse
 from .ops import attention, explain, window_attention, window_mean
 from .proxy_attention import ProxyAttention
 from .replace import AttentionReport, replace_attention, restore_attention
@@ -19,9 +20,11 @@ __all__ = [
     "checkpoint",
     "explain",
     "flops",
+    "fuse",
     "models",
     "replace_attention",
     "restore_attention",
+    "unfuse",
     "window_attention",
     "window_mean",
 ]

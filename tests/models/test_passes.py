@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptattn.layers import Residual
-from ptattn.models.blocks import Condition
+from ptattn.models.condition import Condition
 from ptattn.models.configs import ModelConfig
 from ptattn.models.pt_dit import PTDiTBlock
 
