@@ -1,4 +1,4 @@
-"""`ptattn.fuse`: the same function by fewer products, whatever happens to the weights afterwards."""
+"""`ptattn.fuse`: the same function by fewer products, however the weights change afterwards."""
 
 import copy
 import pickle

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ptattn import flow
 from ptattn.models import position
 from tests.models.test_platform import Calls, batch_for, gradients, same_bits, tiny
 
@@ -244,7 +245,7 @@ def test_a_prepared_caption_of_adapted_layers():
 
 def test_wrong_uses_of_a_prepared_caption():
     model = tiny("pt-dit-xl")
-    inputs, caption, mask, text = prepared(model)
+    inputs, _, mask, text = prepared(model)
     three = dict(latents=torch.randn(3, 4, 6, 10), timestep=torch.ones(3))
     for other, changes, message in (
         (model, dict(caption_mask=mask), "has its mask: give no caption_mask"),
@@ -270,3 +271,49 @@ def test_captions_that_cannot_be_prepared():
             model.prepare_caption(caption)
         handle.remove()
         assert model.prepares_captions
+
+
+def sampled(model, inputs, guidance):
+    condition = {key: inputs[key] for key in ("caption", "caption_mask")}
+    null = {key: value.flip(0) for key, value in condition.items()}
+    options = dict(steps=3, guidance=guidance)
+    return flow.sample(model, inputs["latents"], condition, null, **options)
+
+
+@each_text_model
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_sampling_run_projects_its_captions_once(name, guidance):
+    pytest.importorskip("diffusers")
+    model = tiny(name).eval()
+    inputs, projected = batch_for(model, 6, 10), []
+    for block in model.blocks:
+        block.text_attn.kv.register_forward_hook(lambda *_: projected.append(1))
+    found = sampled(model, inputs, guidance)
+    assert len(projected) == 2
+    expected = sampled(lambda *args, **known: model(*args, **known), inputs, guidance)
+    assert len(projected) == 2 + 2 * 3
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("how", ["model", "layers", "layer groups", "block groups"])
+def test_a_sampling_run_of_offloaded_weights(how):
+    """Those of a model come when they are asked for, those of layers with each call of theirs, and
+    those of blocks within the blocks' forward alone."""
+    pytest.importorskip("diffusers")
+    accelerate = pytest.importorskip("accelerate")
+    hooks = pytest.importorskip("diffusers.hooks")
+    model = tiny("pt-dit-xl").eval()
+    inputs, device = batch_for(model, 6, 10), torch.device("cpu")
+    expected = sampled(model, inputs, 4.0)
+    if how == "model":
+        accelerate.cpu_offload_with_hook(model, execution_device=device)
+    elif how == "layers":
+        accelerate.cpu_offload(model, execution_device=device)
+        assert model.blocks[0].modulation.table.is_meta
+    else:
+        groups = dict(offload_type="leaf_level")
+        if how == "block groups":
+            groups = dict(offload_type="block_level", num_blocks_per_group=1)
+        hooks.apply_group_offloading(model, onload_device=device, offload_device=device, **groups)
+    assert model.prepares_captions == (how != "block groups")
+    assert torch.equal(sampled(model, inputs, 4.0), expected)

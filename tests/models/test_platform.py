@@ -301,6 +301,7 @@ def sharded_steps(rank, folder):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    assert not model.prepares_captions
     half = slice(2 * rank, 2 * rank + 2)
     inputs = {name: value[half] for name, value in inputs.items()}
     steps = []
