@@ -240,10 +240,12 @@ class Guided:
 
     def _prepared(self, condition: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """With the keys and values of a caption, where the model can have them ahead."""
-        if "caption" not in condition or not getattr(self.model, "prepares_captions", False):
+        own: Any = getattr(self.model, "_orig_mod", self.model)  # what torch.compile has wrapped
+        # A wrapper that passes attributes on may hold the weights, and has no such method.
+        able = hasattr(type(own), "prepare_caption") and own.prepares_captions
+        if "caption" not in condition or not able:
             return condition
-        prepare: Any = self.model.prepare_caption
-        return {"caption": prepare(**condition)}
+        return {"caption": own.prepare_caption(**condition)}
 
 
 @torch.no_grad()

@@ -202,10 +202,12 @@ class Captioned:
     def prepares_captions(self) -> bool:
         """Whether `prepare_caption` works: not for classes, nor where weights are sharded or
         offloaded block by block, which are at hand within the forward alone."""
-        hooked = any(map(has_hooks, self.blocks))
+        if not isinstance(self.condition, TextCondition):
+            return False
         # accelerate's hook on a whole model can be asked to bring its weights.
-        hooked |= has_hooks(cast(nn.Module, self)) and not hasattr(self, "_hf_hook")
-        return isinstance(self.condition, TextCondition) and not hooked
+        if has_hooks(cast(nn.Module, self)) and not hasattr(self, "_hf_hook"):
+            return False
+        return all("text_attn" in b._modules and not has_hooks(b) for b in self.blocks)
 
     def prepare_caption(
         self, caption: Tensor, caption_mask: Tensor | None = None
@@ -235,7 +237,7 @@ class Captioned:
             )
         hook: Any = getattr(self, "_hf_hook", None)
         if hook is not None:
-            hook.pre_forward(self)
+            hook.pre_forward(self)  # brings them
         text = cast(TextCondition, self.condition).text(caption)
         made = tuple(cast(Any, block).text_attn.kv(text) for block in self.blocks)
         return PreparedCaption(made, caption_mask)

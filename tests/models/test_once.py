@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -64,8 +65,14 @@ class Wrapper(nn.Module):
         super().__init__()
         self.wrapped = block
 
-    def forward(self, *args):
-        return self.wrapped(*args)
+    def forward(self, *args, **known):
+        return self.wrapped(*args, **known)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.wrapped, name)
 
 
 @pytest.mark.parametrize("change", ["parametrized", "wrapped", "functional"])
@@ -317,3 +324,18 @@ def test_a_sampling_run_of_offloaded_weights(how):
         hooks.apply_group_offloading(model, onload_device=device, offload_device=device, **groups)
     assert model.prepares_captions == (how != "block groups")
     assert torch.equal(sampled(model, inputs, 4.0), expected)
+
+
+@pytest.mark.parametrize("how", ["compiled", "wrapped", "wrapped block"])
+def test_a_sampling_run_of_a_wrapped_model(how):
+    """Of a wrapper, which may hold the weights, nothing is asked but its forward."""
+    pytest.importorskip("diffusers")
+    model = tiny("pt-dit-xl").eval()
+    inputs, projected = batch_for(model, 6, 10), []
+    expected = sampled(model, inputs, 4.0)
+    run = dict(compiled=partial(torch.compile, backend="eager"), wrapped=Wrapper)
+    if how == "wrapped block":
+        model.blocks[0] = Wrapper(model.blocks[0])
+    model.blocks[1].text_attn.kv.register_forward_hook(lambda *_: projected.append(1))
+    assert torch.equal(sampled(run.get(how, lambda m: m)(model), inputs, 4.0), expected)
+    assert len(projected) == (1 if how == "compiled" else 3)
