@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from ..geometry import Triple, WindowGrid
-from ..layers import KeysValues, Modulation, Residual, ZeroLinear, has_hooks
+from ..layers import Modulation, Residual, ZeroLinear, has_hooks
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
 from .position import position_embedding
@@ -136,8 +136,8 @@ class Blocks(nn.ModuleList):
         if not isinstance(text, PreparedCaption):
             return [condition._replace(modulation=vector) for vector in vectors]
         return [
-            condition._replace(modulation=vector, text=KeysValues(packed))
-            for vector, packed in zip(vectors, text.keys_values, strict=True)
+            condition._replace(modulation=vector, text=own)
+            for vector, own in zip(vectors, text.keys_values, strict=True)
         ]
 
     def _modulations(self, vector: Tensor) -> Sequence[Tensor]:
@@ -239,8 +239,8 @@ class Captioned:
         if hook is not None:
             hook.pre_forward(self)  # brings them
         text = cast(TextCondition, self.condition).text(caption)
-        made = tuple(cast(Any, block).text_attn.kv(text) for block in self.blocks)
-        return PreparedCaption(made, caption_mask)
+        made = (cast(Any, block).text_attn.keys_values(text) for block in self.blocks)
+        return PreparedCaption(tuple(made), caption_mask)
 
 
 def initialize_weights(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ class TimestepEmbed(nn.Module):
 class PreparedCaption(NamedTuple):
     """A caption as every block attends to it: what `prepare_caption` of a model makes of it."""
 
-    keys_values: tuple[Tensor, ...]  # of each block, (B, T, 2D)
+    keys_values: tuple[KeysValues, ...]  # of each block
     mask: Tensor | None = None  # (B, T) bool
 
 
@@ -100,7 +100,7 @@ class TextCondition(nn.Module):
     ) -> None:
         if caption_mask is not None:
             raise ValueError("a prepared caption has its mask: give no caption_mask")
-        batch, _, channels = caption.keys_values[0].shape
+        batch, _, channels = caption.keys_values[0].packed.shape
         depth, dim = len(caption.keys_values), channels // 2
         if (depth, dim) != (self.depth, self.dim):
             raise ValueError(
