@@ -6,6 +6,7 @@ from . import checkpoint, flops, models
 from .geometry import WindowGrid
 from .graphs import graphed
 from .layers import GlobalInteraction, TextureComplement
+from .models.fuse import fuse, unfuse
 from .ops import attention, explain, window_attention, window_mean
 from .proxy_attention import ProxyAttention
 from .replace import AttentionReport, replace_attention, restore_attention
@@ -20,10 +21,12 @@ __all__ = [
     "checkpoint",
     "explain",
     "flops",
+    "fuse",
     "graphed",
     "models",
     "replace_attention",
     "restore_attention",
+    "unfuse",
     "window_attention",
     "window_mean",
 ]

@@ -24,7 +24,7 @@ from torch import nn
 
 from .geometry import Triple, WindowGrid
 from .models import DiT, ModelConfig, PixArt, PTDiT, find_model
-from .models.blocks import TimestepEmbed
+from .models.condition import TimestepEmbed
 from .models.configs import check_positive, is_positive
 
 VAE_FACTOR = 8  # image pixels per latent pixel

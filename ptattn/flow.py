@@ -195,16 +195,57 @@ def guided(
     Raises:
         ValueError: conditions of other names or shapes.
     """
-    channels = latents.shape[1]
-    if guidance == 1:
-        return model(latents, timestep, **condition)[:, :channels]
-    shapes, null_shapes = ({k: tuple(v.shape) for k, v in c.items()} for c in (condition, null))
-    if shapes != null_shapes:
-        raise ValueError(f"null must be like condition, {shapes}; got {null_shapes}")
-    both = {name: torch.cat([null[name], value]) for name, value in condition.items()}
-    out = model(latents.repeat(2, *(1,) * (latents.ndim - 1)), timestep.repeat(2), **both)
-    without, conditional = out[:, :channels].chunk(2)
-    return torch.lerp(without, conditional, guidance)
+    return Guided(model, condition, null)(latents, timestep, guidance)
+
+
+class Guided:
+    """`guided` for the steps of one sampling run: what they share of the condition is made once.
+
+    The weights, and the autocast, must be those of the first call in all calls.
+
+    Args:
+        model, condition, null: as `guided` takes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, condition: Mapping[str, Tensor], null: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.condition, self.null = model, condition, null
+
+    def __call__(self, latents: Tensor, timestep: Tensor, guidance: float) -> Tensor:
+        """As `guided`."""
+        channels = latents.shape[1]
+        if guidance == 1:
+            return self.model(latents, timestep, **self._conditional)[:, :channels]
+        twice = latents.repeat(2, *(1,) * (latents.ndim - 1))
+        out = self.model(twice, timestep.repeat(2), **self._both)
+        without, conditional = out[:, :channels].chunk(2)
+        return torch.lerp(without, conditional, guidance)
+
+    @functools.cached_property
+    def _conditional(self) -> Mapping[str, Any]:
+        return self._prepared(self.condition)
+
+    @functools.cached_property
+    def _both(self) -> Mapping[str, Any]:
+        shapes, null_shapes = (
+            {name: tuple(value.shape) for name, value in known.items()}
+            for known in (self.condition, self.null)
+        )
+        if shapes != null_shapes:
+            raise ValueError(f"null must be like condition, {shapes}; got {null_shapes}")
+        return self._prepared(
+            {name: torch.cat([self.null[name], value]) for name, value in self.condition.items()}
+        )
+
+    def _prepared(self, condition: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """With the keys and values of a caption, where the model can have them ahead."""
+        own: Any = getattr(self.model, "_orig_mod", self.model)  # what torch.compile has wrapped
+        # A wrapper that passes attributes on may hold the weights; a graphed model is of its class.
+        able = hasattr(own.__class__, "prepare_caption") and own.prepares_captions
+        if "caption" not in condition or not able:
+            return condition
+        return {"caption": own.prepare_caption(**condition)}
 
 
 @torch.no_grad()
@@ -239,10 +280,11 @@ def sample(
     steps = objective.steps if steps is None else steps
     guidance = objective.guidance if guidance is None else guidance
     objective.set_timesteps(scheduler, steps, shift, noise.device)
+    predict = Guided(model, condition, null)
     x = noise
     for timestep in scheduler.timesteps:
         batch = timestep.float().expand(len(x))
-        prediction = guided(model, x, batch, condition, null, guidance).to(x.dtype)
+        prediction = predict(x, batch, guidance).to(x.dtype)
         x = scheduler.step(objective.model_output(prediction), timestep, x).prev_sample
     return x
 

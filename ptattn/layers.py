@@ -1,6 +1,8 @@
 """Attention layers and the two halves of a block: projections and calls of the operations, no math.
 
-Norms stand between them: a `Residual` makes the sum of a branch in the pass of the norm after it.
+A half called by itself takes tokens and returns them. Within a block, and in ProxyAttention, the
+sums are left to the norms: a `Residual`, which is not public, hands on a branch that is not added
+yet, and the pass of the next norm adds it.
 """
 
 from __future__ import annotations
@@ -46,19 +48,27 @@ class Residual(NamedTuple):
 
     def norm(self, modulation: Sequence[Tensor] | None, backend: str) -> tuple[Tensor, Tensor]:
         """The sum and its LayerNorm, modulated by (shift, scale, ...)."""
-        vectors = (None, None) if modulation is None else (modulation[0], modulation[1])
-        options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
+        shift, scale = (None, None) if modulation is None else modulation[:2]
         if self.y is None:
-            return self.x, ops.layer_norm(self.x, *vectors, **options)
-        return ops.residual_layer_norm(self.x, self.y, self.gate, *vectors, **options)
+            return self.x, ops.layer_norm(self.x, shift, scale, eps=NORM_EPS, backend=backend)
+        return ops.residual_layer_norm(
+            self.x, self.y, self.gate, shift, scale, eps=NORM_EPS, backend=backend
+        )
 
     def norm_and_means(self, windows: WindowGrid, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         """The sum, its LayerNorm and its window means."""
-        geometry = windows.grid, windows.window
-        options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
         if self.y is None:
-            return self.x, *ops.layer_norm_window_mean(self.x, *geometry, **options)
-        return ops.residual_layer_norm_window_mean(self.x, self.y, self.gate, *geometry, **options)
+            made = ops.layer_norm_window_mean(self.x, windows, eps=NORM_EPS, backend=backend)
+            return self.x, *made
+        return ops.residual_layer_norm_window_mean(
+            self.x, self.y, self.gate, windows, eps=NORM_EPS, backend=backend
+        )
+
+
+class KeysValues(NamedTuple):
+    """A context as a CrossAttention has projected it."""
+
+    packed: Tensor  # (B, M, 2C): keys, then values
 
 
 class ZeroLinear(nn.Linear):
@@ -111,8 +121,7 @@ class SelfAttention(_Attention):
         if windows is None:
             out = ops.attention(q, k, v, backend=self.backend)
         else:
-            grid, window, shift = windows.grid, windows.window, windows.shift
-            out = ops.window_attention(q, k, v, grid, window, shift, backend=self.backend)
+            out = ops.window_attention(q, k, v, windows, backend=self.backend)
         return out.flatten(2)
 
 
@@ -123,29 +132,52 @@ class CrossAttention(_Attention):
     q: nn.Linear
     kv: nn.Linear
 
-    def forward(self, x: Tensor, context: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) attending to (B, M, C), where `key_mask` (B, M) is True -> (B, N, C)."""
+    def forward(
+        self, x: Tensor, context: Tensor | KeysValues, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, N, C) attending to (B, M, C), where `key_mask` (B, M) is True -> (B, N, C).
+
+        What attends to one context many times gives its `keys_values` in its place.
+        """
         return self.proj(self.attend(x, context, key_mask))
 
-    def attend(self, x: Tensor, context: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, context: Tensor | KeysValues, key_mask: Tensor | None = None
+    ) -> Tensor:
         """The heads' outputs, not yet projected."""
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
+        packed = context.packed if isinstance(context, KeysValues) else self.kv(context)
+        k, v = packed.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         return ops.attention(q, k, v, key_mask=key_mask, backend=self.backend).flatten(2)
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Of a context (B, M, C), by the weights as they are now."""
+        return KeysValues(self.kv(context))
 
 
 class GlobalInteraction(nn.Module):
     """The first half, GIIM: proxies attend to each other, then all tokens attend to the proxies.
 
-        p = mean(x);  p = p + gate · SA(modulate(LN(p)));  return Z · CA(q = LN(x), kv = LN(p))
+        p = mean(x);  p = p + gate · SA(modulate(LN(p)));  x = x + Z · CA(q = LN(x), kv = LN(p))
 
-    It takes LN(x) and mean(x) from the pass that makes x. Z is linear and zero-initialised. Source:
-    arXiv 2409.04005, the global information interaction module.
+    Z is linear and zero-initialised. Source: arXiv 2409.04005, the global information interaction
+    module.
+
+    Args:
+        dim: channels C, a multiple of num_heads.
+        num_heads: attention heads.
+        qkv_bias: biases on the query, key and value projections.
+        backend: "auto", "reference", "sdpa" or "triton".
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: dim not a multiple of num_heads, an unknown backend.
+
+    Example:
+        >>> half = GlobalInteraction(64, num_heads=4)
+        >>> half(torch.randn(2, 384, 64), WindowGrid((16, 24), (4, 4))).shape
+        torch.Size([2, 384, 64])
     """
-
-    # Z times the attention's output projection, once `fold` has made it.
-    folded_weight: Tensor | None
-    folded_bias: Tensor | None
 
     def __init__(
         self,
@@ -164,50 +196,58 @@ class GlobalInteraction(nn.Module):
         self.proxy_attn = SelfAttention(dim, num_heads, **options)
         self.cross_attn = CrossAttention(dim, num_heads, **options)
         self.zero = ZeroLinear(dim, dim, device=device, dtype=dtype)
-        self.unfold()
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Make one layer of the last two, which follow each other, for inference."""
-        proj = self.cross_attn.proj
-        weight, bias = fold_linear(self.zero.weight, self.zero.bias, proj)
-        self.register_buffer("folded_weight", weight, persistent=False)
-        self.register_buffer("folded_bias", bias, persistent=False)
-
-    @property
-    def foldable(self) -> bool:
-        return is_plain(self.zero) and is_plain(self.cross_attn.proj)
-
-    def unfold(self) -> None:
-        for name in ("folded_weight", "folded_bias"):
-            self.register_buffer(name, None, persistent=False)
 
     def forward(
-        self, normed: Tensor, proxies: Tensor, modulation: Modulation | None = None
+        self, x: Tensor, windows: WindowGrid, modulation: Modulation | None = None
     ) -> Tensor:
-        """What to add to x, (B, N, C).
+        """The tokens with what the proxies tell them.
 
         Args:
-            normed, proxies: LN(x) (B, N, C) and its window means (B, M, C), as
-                `ops.layer_norm_window_mean` gives them.
+            x: (B, N, C).
+            windows: without a shift; the mean of each is one proxy.
             modulation: of the proxies' self-attention.
+
+        Returns:
+            (B, N, C).
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `ops.window_mean` and `ops.attention`.
         """
+        _, normed, proxies = Residual(x).norm_and_means(windows, self.proxy_attn.backend)
+        return x + self._branch(normed, proxies, modulation)
+
+    def _branch(
+        self, normed: Tensor, proxies: Tensor, modulation: Modulation | None = None
+    ) -> Tensor:
+        """What to add to x, of LN(x) (B, N, C) and the window means of x (B, M, C)."""
         backend = self.proxy_attn.backend
         _, p = Residual(proxies).norm(modulation, backend)
         gate = None if modulation is None else modulation.gate
         _, p = Residual(proxies, self.proxy_attn(p), gate).norm(None, backend)
-        if self.folded_weight is None or not self.foldable:
-            return self.zero(self.cross_attn(normed, p))
-        return F.linear(self.cross_attn.attend(normed, p), self.folded_weight, self.folded_bias)
+        return self._inject(normed, p)
+
+    def _inject(self, normed: Tensor, p: Tensor) -> Tensor:
+        return self.zero(self.cross_attn(normed, p))
 
 
 class TextureComplement(nn.Module):
     """The second half, TCM: window attention, then shifted-window attention on its result.
 
-        x = x + gate · WA(n);  return x + Z · (gate' · SWA(modulate'(LN(x))))
+        x = x + gate · WA(modulate(LN(x)));  x = x + Z · (gate' · SWA(modulate'(LN(x))))
 
-    It takes n = modulate(LN(x)) from the pass that makes x. Z is linear and zero-initialised.
-    Source: arXiv 2409.04005, the texture complement module.
+    Z is linear and zero-initialised. Source: arXiv 2409.04005, the texture complement module.
+
+    Args:
+        shift: shift the second window attention by window // 2 per axis; else it is unshifted.
+        dim, num_heads, qkv_bias, backend, device, dtype: as of GlobalInteraction.
+
+    Raises:
+        ValueError: as GlobalInteraction.
+
+    Example:
+        >>> half = TextureComplement(64, num_heads=4)
+        >>> half(torch.randn(2, 384, 64), WindowGrid((16, 24), (4, 4))).shape
+        torch.Size([2, 384, 64])
     """
 
     def __init__(
@@ -223,7 +263,6 @@ class TextureComplement(nn.Module):
     ) -> None:
         super().__init__()
         self.shift = shift
-        self.folds = False  # whether the last two layers and the gate are made one, for inference
         options: dict[str, Any] = dict(
             qkv_bias=qkv_bias, backend=backend, device=device, dtype=dtype
         )
@@ -234,44 +273,48 @@ class TextureComplement(nn.Module):
     def forward(
         self,
         x: Tensor,
+        windows: WindowGrid,
+        modulation: tuple[Modulation, Modulation] | None = None,
+    ) -> Tensor:
+        """The tokens with what their windows tell them.
+
+        Args:
+            x: (B, N, C).
+            windows: without a shift, which the second attention adds.
+            modulation: of each attention.
+
+        Returns:
+            (B, N, C).
+
+        Raises:
+            ValueError: windows with a shift.
+            TypeError, ValueError, RuntimeError: as `ops.window_attention`.
+        """
+        if windows.shift != (0, 0, 0):
+            raise ValueError(f"windows must have no shift; got {windows.shift}")
+        first = None if modulation is None else modulation[0]
+        _, normed = Residual(x).norm(first, self.window_attn.backend)
+        return self._branches(x, normed, windows, modulation)[1].total
+
+    def _branches(
+        self,
+        x: Tensor,
         normed: Tensor,
         windows: WindowGrid,
         modulation: tuple[Modulation, Modulation] | None = None,
     ) -> tuple[Residual, Residual]:
-        """The stream with what each attention adds to it, not yet added.
-
-        Args:
-            x, normed: (B, N, C) tokens and their modulated LayerNorm.
-            windows: unshifted.
-            modulation: of each attention; shift and scale of the first are in `normed` already.
-        """
+        """The stream with what each attention adds to it, not yet added, of x and modulate(LN(x));
+        the shift and scale of the first modulation are in the latter."""
         plain, shifted = modulation or (None, None)
         first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
         x, normed = first.norm(shifted, self.window_attn.backend)
         z = self.shifted_attn.attend(normed, windows.shifted() if self.shift else windows)
         return first, Residual(x, self._close(z, shifted.gate if shifted else None))
 
-    def _close(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Z · (gate · projection of x)."""
-        proj, zero = self.shifted_attn.proj, self.zero
-        # One matrix per sample costs C products for each channel, two layers one for each token.
-        if self.folds and self.foldable and gate is not None and x.shape[1] > 2 * x.shape[2]:
-            weight, bias = fold_linear(zero.weight * gate[:, None], zero.bias, proj)
-            if x.shape[0] == 1:  # the batched product copies its bias to every token first
-                return F.linear(x, weight[0], bias[0])
-            return torch.baddbmm(bias[:, None], x, weight.mT)
-        x = proj(x)
-        return zero(x) if gate is None else gated_linear(x, gate, zero)
-
-    @property
-    def foldable(self) -> bool:
-        return is_plain(self.zero) and is_plain(self.shifted_attn.proj)
-
-
-def fold_linear(weight: Tensor, bias: Tensor, inner: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one layer that does what `inner` and then (weight, bias) do; the weight is
-    one matrix (C, C) or one per sample (B, C, C)."""
-    return weight @ inner.weight, weight @ inner.bias + bias
+    def _close(self, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """Z · (gate · projection of the heads' outputs)."""
+        x = self.shifted_attn.proj(attended)
+        return self.zero(x) if gate is None else gated_linear(x, gate, self.zero)
 
 
 def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
@@ -287,9 +330,15 @@ def is_plain(layer: Any) -> bool:
     and offloaded ones do, and its weight is a plain tensor, which a quantized one is not."""
     if type(layer) not in (nn.Linear, ZeroLinear) or type(layer.weight) is not nn.Parameter:
         return False
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    hooks = hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooks and "forward" not in layer.__dict__
+    hooks = layer._backward_hooks or layer._backward_pre_hooks
+    return not (hooks or has_hooks(layer))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something must run before or after its forward, such as what gathers sharded weights
+    and what brings offloaded ones."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .geometry import WindowGrid
+from .geometry import WindowGrid, window_grid
 from .layers import GlobalInteraction, Residual, TextureComplement
 
 
@@ -97,17 +97,16 @@ class ProxyAttention(nn.Module):
                 f"(B, f, h, w, {self.dim}); got {tuple(x.shape)}"
             )
         grid, tokens, backend = self._grid_of(x, grid), x.flatten(1, -2), self.backend
+        proxies, windows = window_grid(grid, self.proxy_window), window_grid(grid, self.window)
         if self.prenormed:
-            means = ops.window_mean(tokens, grid, self.proxy_window, backend=backend)
-            delta = self.global_interaction(tokens, means)
+            means = ops.window_mean(tokens, proxies, backend=backend)
+            delta = self.global_interaction._branch(tokens, means)
             total = normed = tokens + delta
         else:
-            _, normed, means = Residual(tokens).norm_and_means(
-                WindowGrid(grid, self.proxy_window), backend
-            )
-            delta = self.global_interaction(normed, means)
+            _, normed, means = Residual(tokens).norm_and_means(proxies, backend)
+            delta = self.global_interaction._branch(normed, means)
             total, normed = Residual(tokens, delta).norm(None, backend)
-        branches = self.texture_complement(total, normed, WindowGrid(grid, self.window))
+        branches: Any = self.texture_complement._branches(total, normed, windows)
         return sum((branch.y for branch in branches), delta).view(x.shape)
 
     @staticmethod
@@ -144,9 +143,10 @@ class ProxyAttention(nn.Module):
                 raise ValueError("x is (B, N, C): give its grid, (f, h, w) or (h, w)")
             return found
         own = tuple(x.shape[1:-1])
-        windows = WindowGrid(own, self.window)
-        if grid is not None and WindowGrid(grid, self.window).grid != windows.grid:
-            raise ValueError(f"x has grid {own} by its shape {tuple(x.shape)}; got grid {grid}")
+        if grid is not None:
+            given, shown = window_grid(grid, self.window), window_grid(own, self.window)
+            if given.grid != shown.grid:
+                raise ValueError(f"x has grid {own} by its shape {tuple(x.shape)}; got grid {grid}")
         return own
 
     def extra_repr(self) -> str:

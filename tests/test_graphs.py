@@ -488,10 +488,25 @@ def test_a_model_that_is_compiled_and_one_that_is_fused(captures):
     assert torch.equal(fast(*inputs, labels=labels), model(*inputs, labels=labels))
     fast = ptattn.graphed(model)
     fast(*inputs, labels=labels)
-    for change in (model.fuse_for_inference, model.unfuse):
-        change()
+    for change in (ptattn.fuse, ptattn.unfuse):
+        change(model)
         assert torch.equal(fast(*inputs, labels=labels), model(*inputs, labels=labels))
     assert captures() == 4
+
+
+def test_a_sampling_run_projects_its_captions_once(captures):
+    pytest.importorskip("diffusers")
+    from ptattn.flow import sample
+
+    model, noise = small("pt-dit-xl").eval(), torch.randn(1, 4, 8, 12)
+    channels = model.config.caption_channels
+    conditions = [dict(caption=torch.randn(1, 3, channels)) for _ in range(2)]
+    expected, projected = sample(model, noise, *conditions, steps=3, guidance=2), []
+    model.blocks[1].text_attn.kv.register_forward_hook(lambda *_: projected.append(1))
+    ours = sample(ptattn.graphed(model), noise, *conditions, steps=3, guidance=2)
+    assert torch.equal(ours, expected)
+    assert len(projected) == 1
+    assert captures() == 1
 
 
 def test_threads_take_turns(captures):

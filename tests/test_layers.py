@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptattn import GlobalInteraction, ProxyAttention, TextureComplement, WindowGrid, ops
+from ptattn import GlobalInteraction, ProxyAttention, TextureComplement, WindowGrid
 from ptattn.layers import Modulation, ZeroLinear
 
 DIM, HEADS = 24, 3
@@ -116,8 +116,8 @@ def test_modulated_global_interaction(batch, grid):
     windows = WindowGrid(grid, (2, 3))
     half = wake(GlobalInteraction(DIM, HEADS, dtype=torch.float64))
     x, m = tokens(batch, windows.num_tokens), modulation(batch)
-    normed, means = ops.layer_norm_window_mean(x, windows.grid, windows.window)
-    assert_same_math(half(normed, means, m), global_interaction(half, x, windows, m))
+    assert_same_math(half(x, windows, m), x + global_interaction(half, x, windows, m))
+    assert_same_math(half(x, windows), x + global_interaction(half, x, windows))
 
 
 @each_grid
@@ -127,9 +127,20 @@ def test_modulated_texture_complement(shift, batch, grid):
     windows = WindowGrid(grid, (2, 3))
     half = wake(TextureComplement(DIM, HEADS, shift=shift, dtype=torch.float64))
     x, m = tokens(batch, windows.num_tokens), (modulation(batch), modulation(batch))
-    first, second = half(x, ops.layer_norm(x, *m[0][:2]), windows, m)
-    assert_same_math(second.total, x + texture_complement(half, x, windows, m))
-    assert_same_math(first.total, second.x)
+    assert_same_math(half(x, windows, m), x + texture_complement(half, x, windows, m))
+    assert_same_math(half(x, windows), x + texture_complement(half, x, windows))
+
+
+def test_halves_one_after_the_other_are_proxy_attention():
+    attn, x, windows = proxy_attention(), tokens(2, 35), WindowGrid((5, 7), (2, 3))
+    by_halves = attn.texture_complement(attn.global_interaction(x, windows), windows)
+    assert_same_math(by_halves, x + attn(x, grid=(5, 7)))
+
+
+@pytest.mark.parametrize("half", [GlobalInteraction, TextureComplement])
+def test_halves_take_windows_without_a_shift(half):
+    with pytest.raises(ValueError, match=r"shift.*; got (shift )?\(0, 1, 1\)"):
+        half(DIM, HEADS)(tokens(1, 35, dtype=torch.float32), WindowGrid((5, 7), (2, 3)).shifted())
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..geometry import WindowGrid
-from ..models.blocks import Condition
+from ..models.condition import Condition
 from ..models.pixart import PixArtBlock
 from ..models.pt_dit import PTDiTBlock
 

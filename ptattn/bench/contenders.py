@@ -19,7 +19,8 @@ from ..compare.worker import DTYPES, Settings, full_attention_by_torch, make
 from ..geometry import WindowGrid
 from ..layers import Residual
 from ..models import create_model, get_config
-from ..models.blocks import Condition
+from ..models.condition import Condition
+from ..models.fuse import fuse
 from . import baselines
 from .baselines import FUSED, LAST_RESORT
 
@@ -174,8 +175,7 @@ def _compiled(subject: Subject, ours: bool = False) -> Contender:
 
 
 def _fused(subject: Subject) -> Contender:
-    model = copy.deepcopy(subject.module)
-    model.fuse_for_inference()
+    model = fuse(copy.deepcopy(subject.module))
     call = partial(subject.call, model)
     return Contender(f"{subject.name} fused", model, call, ours=True, fused=True)
 

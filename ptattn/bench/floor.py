@@ -71,7 +71,7 @@ def work(
         model: a name of `models.list_models()`.
         task: FORWARD or TRAINING.
         depth: blocks of the whole model; None leaves all that is outside the block out.
-        fused: after `fuse_for_inference`.
+        fused: after `ptattn.fuse`.
     """
     family, config = find_model(model)
     grid = flops.token_grid(config, size.side, size.frames)
@@ -79,8 +79,8 @@ def work(
     tokens, dim = batch * grid[0] * grid[1] * grid[2], config.dim
     own = {name: part for name, part in parts.items() if name not in OUTSIDE}
     linear = batch * sum(part.linear for part in own.values()) / config.depth
-    if fused:  # one of two matrices twice; the second only where it pays
-        linear -= dim**2 * tokens * (2 if tokens > 2 * batch * dim else 1)
+    if fused and tokens > 2 * batch * dim:  # one of two matrices twice, made for all and per sample
+        linear -= dim**2 * (2 * tokens - (1 + batch) * dim)
     training = task == TRAINING
     stream = tokens * dim * itemsize  # bytes of one tensor of tokens
     attention = tuple(

@@ -48,8 +48,8 @@ def notes(device: Device) -> list[str]:
         "backward at the same rate, which is kinder than what is published. Ours is predicted at "
         "its floor: measured it will be slower, so that a target met by a small margin here may "
         "be missed in truth.",
-        "“fused” is PT-DiT after fuse_for_inference: 20·D² of linear layers per token in place of "
-        "22·D², 21·D² up to 2·D tokens. Memory: `ptattn bench memory`.",
+        "“fused” is PT-DiT after `ptattn.fuse`: past 2·D tokens 20·D² of linear layers per token "
+        "in place of 22·D², and 2·D³ that make the matrices. Memory: `ptattn bench memory`.",
     ]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import CrossAttention, Residual, SelfAttention
-from ..models.blocks import Condition
+from ..models.condition import Condition
 from ..models.dit import DiTBlock
 from ..models.pixart import PixArtBlock
 from ..models.pt_dit import PTDiTBlock

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .condition import PreparedCaption
 from .configs import DIT, PIXART, PT_DIT, ModelConfig
 from .dit import DiT
 from .pixart import PixArt
@@ -17,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "PTDiT",
     "PixArt",
+    "PreparedCaption",
     "create_model",
     "find_model",
     "get_config",

@@ -1,13 +1,12 @@
-"""What PT-DiT, DiT and PixArt-α share: patches, positions, conditioning, modulation, output."""
+"""What PT-DiT, DiT and PixArt-α share: patches, modulation, running the blocks, output."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -16,9 +15,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ..geometry import Triple
-from ..layers import Modulation, Residual, ZeroLinear
+from ..geometry import Triple, WindowGrid
+from ..layers import Modulation, Residual, ZeroLinear, has_hooks
+from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
+from .position import position_embedding
 
 
 class PatchEmbed(nn.Module):
@@ -50,123 +51,6 @@ class PatchEmbed(nn.Module):
         return x + position_embedding(grid, x, self.position_scale), grid
 
 
-def position_embedding(grid: Triple, like: Tensor, scale: float = 1) -> Tensor:
-    """Fixed 3-D sin-cos embedding (N, D) of a token grid, with the dtype and device of `like`.
-
-    Channels [0, D/4) encode the frame, [D/4, 5D/8) the column, [5D/8, D) the row, each as [sin,
-    cos] of position · 10000^(-i / (n/2)); rows and columns are divided by `scale`.
-    """
-    f, h, w = grid
-    dim = like.shape[-1]
-    frame, side = dim // 4, 3 * dim // 8
-
-    def axis(length: int, channels: int, scale: float) -> Tensor:
-        # float64 keeps the angles of far positions exact; MPS has none.
-        exact = torch.float32 if like.device.type == "mps" else torch.float64
-        steps = torch.arange(channels // 2, device=like.device, dtype=exact) / (channels // 2)
-        position = torch.arange(length, device=like.device, dtype=exact) / scale
-        angle = position[:, None] * 10000.0**-steps
-        return torch.cat([angle.sin(), angle.cos()], dim=1).to(like.dtype)
-
-    parts = (
-        axis(f, frame, 1)[:, None, None].expand(f, h, w, frame),
-        axis(w, side, scale)[None, None].expand(f, h, w, side),
-        axis(h, side, scale)[None, :, None].expand(f, h, w, side),
-    )
-    return torch.cat(parts, dim=-1).flatten(0, 2)
-
-
-class TimestepEmbed(nn.Module):
-    """Sinusoidal timestep features (256) through a two-layer MLP."""
-
-    FEATURES = 256
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        """(B,) in any dtype -> (B, D)."""
-        half = self.FEATURES // 2
-        steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
-        angle = timestep.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        first: Any = self.mlp[0]
-        return self.mlp(features.to(first.bias.dtype))  # its weight may be quantized
-
-
-class Condition(NamedTuple):
-    """What a model's blocks are conditioned on."""
-
-    embedding: Tensor  # (B, D), of the timestep or of timestep and class
-    modulation: Tensor  # what a block's modulation takes: (B, 6D) for text, (B, D) for classes
-    text: Tensor | None = None  # (B, T, D)
-    text_mask: Tensor | None = None  # (B, T) bool
-
-
-class TextCondition(nn.Module):
-    """Timestep and caption, as in PixArt-α's adaLN-single (arXiv 2310.00426, section 2.3)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d = config.dim
-        self.caption_channels = config.caption_channels or 0
-        self.timestep = TimestepEmbed(d)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
-        self.caption = nn.Sequential(
-            nn.Linear(self.caption_channels, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)
-        )
-
-    def forward(
-        self,
-        timestep: Tensor,
-        caption: Tensor | None = None,
-        caption_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> Condition:
-        """caption (B, T, caption_channels), caption_mask (B, T) bool or None for all real."""
-        if caption is None or labels is not None:
-            raise ValueError("this model is conditioned on text: give caption, and no labels")
-        _check_timestep(timestep, caption.shape[0])
-        if caption.ndim != 3 or caption.shape[-1] != self.caption_channels:
-            raise ValueError(
-                f"caption must have shape (B, T, {self.caption_channels}); "
-                f"got {tuple(caption.shape)}"
-            )
-        embedding = self.timestep(timestep)
-        return Condition(embedding, self.modulation(embedding), self.caption(caption), caption_mask)
-
-
-class ClassCondition(nn.Module):
-    """Timestep and class label, as in DiT (arXiv 2212.09748, section 3.2)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.timestep = TimestepEmbed(config.dim)
-        self.label = nn.Embedding((config.num_classes or 0) + 1, config.dim)
-
-    def forward(
-        self,
-        timestep: Tensor,
-        caption: Tensor | None = None,
-        caption_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> Condition:
-        """labels (B,) int64 in [0, num_classes]; num_classes itself is the null class."""
-        if labels is None or caption is not None or caption_mask is not None:
-            raise ValueError("this model is conditioned on classes: give labels, and no caption")
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 (B,); got {labels.dtype} {tuple(labels.shape)}")
-        _check_timestep(timestep, labels.shape[0])
-        embedding = self.timestep(timestep) + self.label(labels)
-        return Condition(embedding, embedding)
-
-
-def _check_timestep(timestep: Tensor, batch: int) -> None:
-    if timestep.shape != (batch,):
-        raise ValueError(f"timestep must have shape ({batch},); got {tuple(timestep.shape)}")
-
-
 class AdaLNSingle(nn.Module):
     """Modulations from the model's one (B, 6D) vector plus a learned table of this block's own.
 
@@ -180,11 +64,14 @@ class AdaLNSingle(nn.Module):
         self.table = nn.Parameter(torch.randn(len(sources), 3, dim) / dim**0.5)
 
     def forward(self, vector: Tensor) -> list[Modulation]:
-        groups = vector.unflatten(-1, (2, *self.table.shape[1:]))  # (B, 2, 3, D)
-        return [
-            Modulation(*(groups[:, source] + table).unbind(1))
-            for source, table in zip(self.sources, self.table, strict=True)
-        ]
+        """(B, 6D), or what `add_tables` has made of it for this block."""
+        added = vector if vector.ndim == 4 else self.spread(vector) + self.table
+        return [Modulation(*vectors.unbind(1)) for vectors in added.unbind(1)]
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """What each modulation starts from, (B, 6D) -> (B, K, 3, D)."""
+        groups = vector.unflatten(-1, (2, 3, -1)).unbind(1)
+        return torch.stack([groups[source] for source in self.sources], dim=1)
 
 
 class AdaLNZero(nn.Module):
@@ -195,8 +82,9 @@ class AdaLNZero(nn.Module):
         self.count = count
         self.linear = ZeroLinear(dim, 3 * count * dim)
 
-    def forward(self, embedding: Tensor) -> list[Modulation]:
-        vectors = self.linear(F.silu(embedding)).chunk(3 * self.count, dim=-1)
+    def forward(self, activated: Tensor) -> list[Modulation]:
+        """Of the SiLU of the embedding, (B, D)."""
+        vectors = self.linear(activated).chunk(3 * self.count, dim=-1)
         return [Modulation(*vectors[3 * i : 3 * i + 3]) for i in range(self.count)]
 
 
@@ -231,14 +119,40 @@ class Blocks(nn.ModuleList):
     def checkpointed(self) -> bool:
         return self._checkpoint is not None
 
-    def forward(self, stream: Residual, *others: Any) -> Residual:
-        """`others` go to every block."""
-        for block in self:
+    def forward(self, stream: Residual, condition: Condition, *windows: WindowGrid) -> Residual:
+        """`windows` go to every block."""
+        for block, own in zip(self, self._conditions(condition), strict=True):
             if self._checkpoint is None or not torch.is_grad_enabled():
-                stream = block(stream, *others)
+                stream = block(stream, *windows, own)
             else:
-                stream = checkpoint(partial(_summed, block), stream, *others, **self._checkpoint)
+                step = partial(_summed, block)
+                stream = checkpoint(step, stream, *windows, own, **self._checkpoint)
         return stream
+
+    def _conditions(self, condition: Condition) -> list[Condition]:
+        """The condition of each block."""
+        vectors = self._modulations(condition.modulation)
+        text = condition.text
+        if not isinstance(text, PreparedCaption):
+            return [condition._replace(modulation=vector) for vector in vectors]
+        return [
+            condition._replace(modulation=vector, text=own)
+            for vector, own in zip(vectors, text.keys_values, strict=True)
+        ]
+
+    def _modulations(self, vector: Tensor) -> Sequence[Tensor]:
+        """The vector with the tables of all blocks, each (B, K, 3, D), by one addition; as it is
+        where the blocks have none, or their tables are seen from within them alone."""
+        tables: list[Tensor] = []
+        for block in self:
+            own = block._modules.get("modulation")  # none of a block that something wraps
+            if not isinstance(own, AdaLNSingle) or has_hooks(own) or has_hooks(block):
+                return [vector] * len(self)
+            if type(own.table) is not nn.Parameter:
+                return [vector] * len(self)
+            tables.append(own.table)
+        first: Any = self[0]
+        return (first.modulation.spread(vector) + torch.stack(tables)[:, None]).unbind(0)
 
 
 def _summed(block: nn.Module, stream: Residual, *others: Any) -> Residual:
@@ -265,17 +179,68 @@ class Output(nn.Module):
             self.linear = ZeroLinear(d, 2 * d)
         self.proj = ZeroLinear(d, config.patch_size**2 * config.out_channels)
 
-    def forward(self, stream: Residual, grid: Triple, embedding: Tensor) -> Tensor:
+    def forward(self, stream: Residual, grid: Triple, condition: Condition) -> Tensor:
         """(B, N, D) tokens on grid (f, h, w) -> (B, C, f, h·patch, w·patch)."""
         if self.table is not None:
-            modulation = (self.table + embedding[:, None]).unbind(1)
+            modulation = (self.table + condition.embedding[:, None]).unbind(1)
         else:
-            modulation = self.linear(F.silu(embedding)).chunk(2, dim=-1)
+            modulation = self.linear(condition.modulation).chunk(2, dim=-1)
         _, x = stream.norm(modulation, self.backend)
         f, h, w = grid
         p = self.patch_size
         cut = "b (f h w) (p q c) -> b c f (h p) (w q)"
         return rearrange(self.proj(x), cut, f=f, h=h, w=w, p=p, q=p)
+
+
+class Captioned:
+    """What the text models have for sampling runs, whose steps share their captions."""
+
+    condition: nn.Module
+    blocks: Blocks
+
+    @property
+    def prepares_captions(self) -> bool:
+        """Whether `prepare_caption` works: not for classes, nor where weights are sharded or
+        offloaded block by block, which are at hand within the forward alone."""
+        if not isinstance(self.condition, TextCondition):
+            return False
+        # accelerate's hook on a whole model can be asked to bring its weights.
+        if has_hooks(cast(nn.Module, self)) and not hasattr(self, "_hf_hook"):
+            return False
+        return all("text_attn" in b._modules and not has_hooks(b) for b in self.blocks)
+
+    def prepare_caption(
+        self, caption: Tensor, caption_mask: Tensor | None = None
+    ) -> PreparedCaption:
+        """The keys and values of a caption in every block, to give to `forward` as `caption`.
+
+        They depend on neither latents nor timestep: the steps of a sampling run can share them, for
+        2·D numbers per block and token of text. The result has the same bits. They are of the
+        weights, and of the autocast, in force now.
+
+        Args:
+            caption: (B, T, caption_channels).
+            caption_mask: (B, T) bool, True at real tokens; None means all.
+
+        Raises:
+            ValueError: another shape.
+            RuntimeError: a model for classes, or with weights sharded or offloaded block by block.
+
+        Example:
+            >>> text = model.prepare_caption(caption, caption_mask)
+            >>> out = model(latents, timestep, text)
+        """
+        if not self.prepares_captions:
+            raise RuntimeError(
+                "prepare_caption needs a text model whose weights are at hand outside of its "
+                "forward: neither sharded nor offloaded block by block"
+            )
+        hook: Any = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)  # brings them
+        text = cast(TextCondition, self.condition).text(caption)
+        made = (cast(Any, block).text_attn.keys_values(text) for block in self.blocks)
+        return PreparedCaption(tuple(made), caption_mask)
 
 
 def initialize_weights(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..geometry import WindowGrid, default_window
+from ..geometry import WindowGrid, default_window, window_grid
 
 _COUNTS = (
     "depth", "dim", "num_heads", "in_channels", "out_channels", "patch_size", "sample_size",
@@ -77,8 +77,8 @@ class ModelConfig:
 
     def window_grids(self, grid: Sequence[int]) -> tuple[WindowGrid, WindowGrid]:
         """The windows of proxies and of attention that a PT-DiT uses on a token grid."""
-        windows = WindowGrid(grid, self.window or default_window(grid))
-        return WindowGrid(grid, self.proxy_window or windows.window), windows
+        windows = window_grid(grid, self.window or default_window(grid))
+        return window_grid(grid, self.proxy_window or windows.window), windows
 
 
 def _classes(depth: int, dim: int, num_heads: int) -> ModelConfig:

@@ -8,13 +8,12 @@ from ..layers import Residual, SelfAttention
 from .blocks import (
     AdaLNZero,
     Blocks,
-    ClassCondition,
-    Condition,
     Mlp,
     Output,
     PatchEmbed,
     initialize_weights,
 )
+from .condition import ClassCondition, Condition
 from .configs import ModelConfig
 
 
@@ -71,5 +70,5 @@ class DiT(nn.Module):
         condition = self.condition(timestep, labels=labels)
         x, grid = self.patch_embed(latents)
         stream = self.blocks(Residual(x), condition)
-        x = self.output(stream, grid, condition.embedding)
+        x = self.output(stream, grid, condition)
         return x if latents.ndim == 5 else x.squeeze(2)

@@ -8,13 +8,13 @@ from ..layers import CrossAttention, Residual, SelfAttention, ZeroLinear
 from .blocks import (
     AdaLNSingle,
     Blocks,
-    Condition,
+    Captioned,
     Mlp,
     Output,
     PatchEmbed,
-    TextCondition,
     initialize_weights,
 )
+from .condition import Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
 
 
@@ -35,13 +35,13 @@ class PixArtBlock(nn.Module):
         attn, mlp = self.modulation(condition.modulation)
         x, normed = stream.norm(attn, self.backend)
         stream = Residual(x, self.attn(normed), attn.gate)
-        x = stream.total  # the text is asked by tokens that are not normed
+        x = stream.total  # text attention takes its queries from the un-normed tokens
         stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
         x, normed = stream.norm(mlp, self.backend)
         return Residual(x, self.mlp(normed), mlp.gate)
 
 
-class PixArt(nn.Module):
+class PixArt(Captioned, nn.Module):
     """PixArt-α. Positions are embedded as in PT-DiT, so that it takes video too.
 
     Args:
@@ -62,7 +62,7 @@ class PixArt(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        caption: Tensor,
+        caption: Tensor | PreparedCaption,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents, as `PTDiT.forward` does.
@@ -70,7 +70,7 @@ class PixArt(nn.Module):
         Args:
             latents: (B, 4, F, H, W) for video or (B, 4, H, W), H and W multiples of the patch size.
             timestep: (B,), 0 to 1000, one per sample.
-            caption: (B, T, caption_channels).
+            caption: (B, T, caption_channels), or what `prepare_caption` made of it and its mask.
             caption_mask: (B, T) bool, True at real tokens; None means all.
 
         Returns:
@@ -82,5 +82,5 @@ class PixArt(nn.Module):
         condition = self.condition(timestep, caption, caption_mask)
         x, grid = self.patch_embed(latents)
         stream = self.blocks(Residual(x), condition)
-        x = self.output(stream, grid, condition.embedding)
+        x = self.output(stream, grid, condition)
         return x if latents.ndim == 5 else x.squeeze(2)

@@ -5,8 +5,6 @@ One code path for text and classes, images and video.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid
@@ -15,23 +13,30 @@ from .blocks import (
     AdaLNSingle,
     AdaLNZero,
     Blocks,
-    ClassCondition,
-    Condition,
+    Captioned,
     Mlp,
     Output,
     PatchEmbed,
-    TextCondition,
     initialize_weights,
 )
+from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
 
 
 class PTDiTBlock(nn.Module):
     """Global interaction, texture complement, text cross-attention, MLP.
 
-    Text models modulate window attention, shifted-window attention and MLP by adaLN-single, the
-    first two from the same vector; class models modulate these and the proxy attention by
-    adaLN-zero.
+        p = mean(x);  p = p + SA(LN(p))
+        x = x + Z · CA(q = LN(x), kv = LN(p))
+        x = x + g · WA(LN(x) · (1 + s) + t)
+        x = x + Z' · (g' · SWA(LN(x) · (1 + s') + t'))
+        x = x + CA(q = x, kv = text)                      text models
+        x = x + g'' · MLP(LN(x) · (1 + s'') + t'')
+
+    SA is self-attention, CA cross-attention, WA and SWA are attention within windows and shifted
+    windows. Text models have (t, s, g) of each of the last three modulated terms by adaLN-single,
+    the first two from the same vector; class models by adaLN-zero, which also modulates SA:
+    p = p + g · SA(LN(p) · (1 + s) + t). Source: arXiv 2409.04005, and its released model.
     """
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
@@ -52,20 +57,21 @@ class PTDiTBlock(nn.Module):
     def forward(
         self, stream: Residual, proxies: WindowGrid, windows: WindowGrid, condition: Condition
     ) -> Residual:
-        """(B, N, D) tokens, one proxy per window of `proxies`, attention within `windows`."""
+        """(B, N, D) tokens, one proxy per window of `proxies`, attention within `windows`; the last
+        branch is left to the norm that follows."""
         window, mlp, shifted, *proxy = self.modulation(condition.modulation)
         x, normed, means = stream.norm_and_means(proxies, self.backend)
-        stream = Residual(x, self.global_interaction(normed, means, *proxy))
+        stream = Residual(x, self.global_interaction._branch(normed, means, *proxy))
         x, normed = stream.norm(window, self.backend)
-        _, stream = self.texture_complement(x, normed, windows, (window, shifted))
+        _, stream = self.texture_complement._branches(x, normed, windows, (window, shifted))
         if self.text_attn is not None:
-            x = stream.total  # the text is asked by tokens that are not normed
+            x = stream.total  # text attention takes its queries from the un-normed tokens
             stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
         x, normed = stream.norm(mlp, self.backend)
         return Residual(x, self.mlp(normed), mlp.gate)
 
 
-class PTDiT(nn.Module):
+class PTDiT(Captioned, nn.Module):
     """Proxy-tokenized diffusion transformer.
 
     Args:
@@ -87,71 +93,13 @@ class PTDiT(nn.Module):
         self.condition = TextCondition(config) if text else ClassCondition(config)
         self.blocks = Blocks(PTDiTBlock(config, backend=backend) for _ in range(config.depth))
         self.output = Output(config, backend=backend)
-        self.fused = False
         initialize_weights(self)
-
-    def fuse_for_inference(self) -> PTDiT:
-        """Make one matrix product of two where linear layers follow each other, exactly.
-
-        Z times the output projection of the cross-attention once, for all calls; Z times the gate
-        times that of the shifted-window attention in every call that has more than 2·D tokens,
-        where it pays. 21·D² to 20·D² multiply-adds per token and block are left of 22·D². The
-        state dict stays as it is.
-
-        Returns:
-            The model.
-
-        Raises:
-            RuntimeError: in training mode, fused already, or with layers that do more than their
-                weights say, such as LoRA's, or whose weights are quantized.
-        """
-        if self.training:
-            raise RuntimeError("fuse_for_inference is for inference: call model.eval() first")
-        if self.fused:
-            raise RuntimeError("the model is fused already")
-        for name, module in self.named_modules():
-            if isinstance(module, GlobalInteraction | TextureComplement) and not module.foldable:
-                raise RuntimeError(
-                    f"{name} cannot be fused: its last layers are not plain nn.Linear with plain "
-                    "weights. Merge what LoRA adds; quantized weights cannot be fused"
-                )
-        self._fuse(True)
-        return self
-
-    def unfuse(self) -> PTDiT:
-        """Undo `fuse_for_inference`.
-
-        Raises:
-            RuntimeError: not fused.
-        """
-        if not self.fused:
-            raise RuntimeError("the model is not fused")
-        self._fuse(False)
-        return self
-
-    def _fuse(self, fused: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, GlobalInteraction):
-                module.fold() if fused else module.unfold()
-            elif isinstance(module, TextureComplement):
-                module.folds = fused
-        self.fused = fused
-
-    def train(self, mode: bool = True) -> PTDiT:
-        if mode and self.fused:
-            raise RuntimeError("a fused model cannot train: call unfuse() first")
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        if self.fused:
-            raise RuntimeError("a fused model takes no weights: call unfuse() first")
-        super()._load_from_state_dict(*args)
 
     def forward(
         self,
         latents: Tensor,
         timestep: Tensor,
-        caption: Tensor | None = None,
+        caption: Tensor | PreparedCaption | None = None,
         caption_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
@@ -160,7 +108,8 @@ class PTDiT(nn.Module):
         Args:
             latents: (B, 4, F, H, W) for video or (B, 4, H, W), H and W multiples of the patch size.
             timestep: (B,), 0 to 1000, one per sample.
-            caption: (B, T, caption_channels), for text models.
+            caption: (B, T, caption_channels), or what `prepare_caption` made of it and its mask;
+                for text models.
             caption_mask: (B, T) bool, True at real tokens; None means all.
             labels: (B,) int64, for class models.
 
@@ -173,6 +122,6 @@ class PTDiT(nn.Module):
         condition = self.condition(timestep, caption, caption_mask, labels)
         x, grid = self.patch_embed(latents)
         proxies, windows = self.config.window_grids(grid)
-        stream = self.blocks(Residual(x), proxies, windows, condition)
-        x = self.output(stream, grid, condition.embedding)
+        stream = self.blocks(Residual(x), condition, proxies, windows)
+        x = self.output(stream, grid, condition)
         return x if latents.ndim == 5 else x.squeeze(2)

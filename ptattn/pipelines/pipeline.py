@@ -14,7 +14,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from ..flops import VAE_FACTOR
-from ..flow import FLOW, OBJECTIVES, Objective, guided, resolution_shift
+from ..flow import FLOW, OBJECTIVES, Guided, Objective, resolution_shift
 from .autoencoder import compression, decode
 from .transformer import PTDiTTransformer
 
@@ -208,14 +208,13 @@ class PTDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Noise to latents, which stay float32 whatever the transformer's dtype."""
         timesteps = self.scheduler.timesteps
+        predict = Guided(self.transformer, condition, null)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
                 noisy, times = latents.to(self.transformer.dtype), timestep.expand(len(latents))
-                predicted = guided(
-                    self.transformer, noisy, times, condition, null, self._guidance_scale
-                )
+                predicted = predict(noisy, times, self._guidance_scale)
                 output = objective.model_output(predicted.float())
                 latents = self.scheduler.step(output, timestep, latents).prev_sample
                 if callback is not None:

@@ -10,7 +10,7 @@ from ptattn import ops
 from ptattn.bench import baselines
 from ptattn.geometry import WindowGrid
 from ptattn.layers import Residual
-from ptattn.models.blocks import Condition
+from ptattn.models.condition import Condition
 from ptattn.models.configs import ModelConfig
 from ptattn.models.pixart import PixArtBlock
 from ptattn.models.pt_dit import PTDiTBlock

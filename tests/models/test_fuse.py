@@ -1,4 +1,4 @@
-"""`fuse_for_inference`: the same function by fewer products, and what it refuses."""
+"""`ptattn.fuse`: the same function by fewer products, however the weights change afterwards."""
 
 import copy
 import pickle
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ptattn
 from tests.models.test_models import condition_for, small
 from tests.support.tolerance import FORWARD, assert_within_rule
 
@@ -16,7 +17,7 @@ SIDES = {"few tokens": (16, 12), "many tokens": (18, 26)}
 each_name = pytest.mark.parametrize("name", NAMES)
 
 
-def model_and_inputs(name, latents=(16, 12), dtype=torch.float32, **overrides):
+def model_and_inputs(name, latents=SIDES["many tokens"], dtype=torch.float32, **overrides):
     model = small(name, **overrides).to(dtype).eval()
     condition = condition_for(model, 2)
     if "caption" in condition:
@@ -25,19 +26,18 @@ def model_and_inputs(name, latents=(16, 12), dtype=torch.float32, **overrides):
 
 
 @each_name
-@pytest.mark.parametrize("latents", SIDES.values(), ids=SIDES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_same_output(name, latents, dtype, batch):
+def test_same_output(name, dtype, batch):
     """No further from the exact output than the model that is not fused."""
-    model, inputs, condition = model_and_inputs(name, latents, dtype)
+    model, inputs, condition = model_and_inputs(name, dtype=dtype)
     inputs, condition = [t[:batch] for t in inputs], {k: t[:batch] for k, t in condition.items()}
     with torch.no_grad():
         eager = model(*inputs, **condition)
         exact = copy.deepcopy(model).double()
         doubled = {k: v.double() if v.is_floating_point() else v for k, v in condition.items()}
         gold = exact(*(t.double() for t in inputs), **doubled)
-        ours = model.fuse_for_inference()(*inputs, **condition)
+        ours = ptattn.fuse(model)(*inputs, **condition)
     assert not torch.equal(ours, eager)
     if dtype == torch.bfloat16:
         assert_within_rule("out", ours, gold, [eager], FORWARD)
@@ -47,86 +47,201 @@ def test_same_output(name, latents, dtype, batch):
         assert (ours.double() - gold).abs().max() <= error
 
 
-class Products(TorchDispatchMode):
-    """Counts multiply-adds of products of (tokens, channels) by (channels, channels)."""
+def test_same_output_without_modulation():
+    """ProxyAttention has no gate: one matrix for all samples."""
+    attn = ptattn.ProxyAttention(24, 3, (2, 3), dtype=torch.float64)
+    for parameter in attn.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 5, 7, 24, dtype=torch.float64)
+    expected = attn(x)
+    fused = ptattn.fuse(attn)(x)
+    assert not torch.equal(fused, expected)
+    torch.testing.assert_close(fused, expected, rtol=1e-11, atol=1e-11)
 
-    def __init__(self, tokens):
+
+class Products(TorchDispatchMode):
+    """Counts multiply-adds of products by (channels, channels): of the tokens, and of matrices."""
+
+    def __init__(self, tokens, channels):
         super().__init__()
-        self.tokens, self.count = tokens, 0
+        self.counts = {tokens: 0, channels: 0, 2 * channels: 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket._qualified_op_name in ("aten::addmm", "aten::mm", "aten::baddbmm"):
             a, b = args[-2:]
             rows = a.shape[0] * a.shape[1] if a.ndim == 3 else a.shape[0]
-            if rows == self.tokens:
-                self.count += b.shape[-2] * b.shape[-1]
+            if rows in self.counts:
+                self.counts[rows] += b.shape[-2] * b.shape[-1]
         return out
 
 
 def products(model, inputs, condition):
-    tokens = 2 * inputs[0].shape[-1] * inputs[0].shape[-2] // 4
-    with torch.no_grad(), Products(tokens) as counter:
+    """Per block, in units of D²: of the tokens of the batch, of one matrix, of one per sample."""
+    dim, tokens = model.config.dim, 2 * inputs[0].shape[-1] * inputs[0].shape[-2] // 4
+    with torch.no_grad(), Products(tokens, dim) as counter:
         model(*inputs, **condition)
-    return counter.count / (model.config.dim**2 * model.config.depth)
+    return [count / (dim**2 * model.config.depth) for count in counter.counts.values()]
 
 
 @each_name
-@pytest.mark.parametrize(("side", "saved"), [("few tokens", 1), ("many tokens", 2)])
-def test_products_saved(name, side, saved):
-    case = model_and_inputs(name, SIDES[side])
+def test_products_saved(name):
+    """Two of the tokens' products, for one of a matrix by a matrix and one of that per sample."""
+    case = model_and_inputs(name)
     before = products(*case)
-    case[0].fuse_for_inference()
-    assert before - products(*case) == saved
+    ptattn.fuse(case[0])
+    after = products(*case)
+    assert [a - b for a, b in zip(after, before, strict=True)] == [-2, 1, 1]
+
+
+@each_name
+def test_nothing_is_made_where_it_would_not_pay(name):
+    model, inputs, condition = model_and_inputs(name, SIDES["few tokens"])
+    with torch.no_grad():
+        expected = model(*inputs, **condition)
+        assert torch.equal(ptattn.fuse(model)(*inputs, **condition), expected)
 
 
 @each_name
 def test_undone(name):
     model, inputs, condition = model_and_inputs(name)
-    keys = list(model.state_dict())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         before = model(*inputs, **condition)
-        model.fuse_for_inference()
-        assert list(model.state_dict()) == keys
+        assert ptattn.fuse(model) is model
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
         fused = model(*inputs, **condition)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(*inputs, **condition), fused)
-        model.unfuse()
+        assert ptattn.unfuse(model) is model
         assert torch.equal(model(*inputs, **condition), before)
-    assert dict(model.named_buffers()) == {}
 
 
 def test_moves_with_the_model():
     model, inputs, condition = model_and_inputs("pt-dit-s-class")
-    model.fuse_for_inference().double()
+    ptattn.fuse(model).double()
     with torch.no_grad():
         assert model(inputs[0].double(), inputs[1], **condition).dtype == torch.float64
 
 
+@each_name
+def test_compiles_to_one_graph(name):
+    model, inputs, condition = model_and_inputs(name, depth=1)
+    ptattn.fuse(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs, **condition), model(*inputs, **condition))
+
+
+# Weights that change once the model is fused.
+
+
+def loaded(model, others):
+    model.load_state_dict(others)
+
+
+def loaded_block_by_block(model, others):
+    for name, half in model.named_modules():
+        if name.endswith(("global_interaction", "texture_complement")):
+            prefix = f"{name}."
+            own = {k.removeprefix(prefix): v for k, v in others.items() if k.startswith(prefix)}
+            half.load_state_dict(own)
+
+
+def copied(model, others):
+    """As averaged weights are taken over."""
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(others[name])
+
+
+def assigned(model, others):
+    for name, parameter in model.named_parameters():
+        parameter.data = others[name].clone()
+
+
+def stepped(model, others):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(others[name] - parameter)
+
+
+def stepped_in_inference_mode(model, others):
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(others[name])
+
+
+def replaced(model, others):
+    """As merging an adapter puts a layer back."""
+    for block in model.blocks:
+        for half in (block.global_interaction, block.texture_complement):
+            half.zero = copy.deepcopy(half.zero)
+    loaded(model, others)
+
+
+CHANGES = [
+    loaded,
+    loaded_block_by_block,
+    copied,
+    assigned,
+    stepped,
+    stepped_in_inference_mode,
+    replaced,
+]
+
+
+@each_name
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("inference", [False, True], ids=["", "made in inference mode"])
+def test_weights_that_change_later_count(name, change, inference):
+    """A fused model once kept the product of the weights that it was fused with."""
+    if inference and change is stepped:
+        pytest.skip("weights made in inference mode change in it alone")
+    with torch.inference_mode(inference), torch.no_grad():
+        model, inputs, condition = model_and_inputs(name)
+        other = copy.deepcopy(model)
+        for block in other.blocks:
+            for half in (block.global_interaction, block.texture_complement):
+                for parameter in half.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    with torch.inference_mode():
+        ptattn.fuse(model)
+        before = model(*inputs, **condition)
+    with torch.inference_mode(inference):
+        change(model, other.state_dict())
+    with torch.inference_mode():
+        ours, expected = model(*inputs, **condition), other(*inputs, **condition)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert (ours - before).abs().max() > 0.01
+
+
+@each_name
+@pytest.mark.parametrize("batch", [1, 2])
+def test_trains(name, batch):
+    """Gradients are those of the model that is not fused: to both layers that are made one, too."""
+    model, inputs, condition = model_and_inputs(name, dtype=torch.float64)
+    inputs, condition = [t[:batch] for t in inputs], {k: t[:batch] for k, t in condition.items()}
+    gradients = []
+    for one in (model, ptattn.fuse(copy.deepcopy(model)).train()):
+        one(*inputs, **condition).square().mean().backward()
+        gradients.append([p.grad for p in one.parameters()])
+    for ours, expected in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+# Refusals.
+
+
 def test_refusals():
-    """Each leaves everything as it was."""
-    model, inputs, condition = model_and_inputs("pt-dit-s-class")
-    weights = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="not fused"):
-        model.unfuse()
-    with pytest.raises(RuntimeError, match=r"call model.eval\(\) first"):
-        model.train().fuse_for_inference()
-    assert not model.fused
-    model.eval().fuse_for_inference()
-    with torch.no_grad():
-        fused = model(*inputs, **condition)
-    with pytest.raises(RuntimeError, match="fused already"):
-        model.fuse_for_inference()
-    with pytest.raises(RuntimeError, match=r"call unfuse\(\) first"):
-        model.train()
-    others = {name: t + 1 for name, t in weights.items()}
-    with pytest.raises(RuntimeError, match=r"takes no weights: call unfuse\(\) first"):
-        model.load_state_dict(others)
-    with torch.no_grad():
-        assert torch.equal(model(*inputs, **condition), fused)
-    for name, t in model.state_dict().items():
-        assert torch.equal(t, weights[name]), name
-    model.unfuse().load_state_dict(others)
+    model, _, _ = model_and_inputs("pt-dit-s-class")
+    with pytest.raises(RuntimeError, match="the model is not fused"):
+        ptattn.unfuse(model)
+    ptattn.fuse(model)
+    with pytest.raises(RuntimeError, match="the model is fused already"):
+        ptattn.fuse(model)
+    with pytest.raises(ValueError, match="nothing to fuse: no PT-DiT block"):
+        ptattn.fuse(small("dit-s"))
 
 
 class Adapted(torch.nn.Linear):
@@ -165,9 +280,9 @@ def hook(layer):
 @pytest.mark.parametrize("change", [adapt, quantize, hook])
 def test_layers_that_are_more_than_their_weights(name, change):
     """Their own forward counts: whatever the batch, unfused, or put in after fusing."""
-    model, inputs, condition = model_and_inputs(name, SIDES["many tokens"])
+    model, inputs, condition = model_and_inputs(name)
     one, first = [t[:1] for t in inputs], {k: t[:1] for k, t in condition.items()}
-    fused = copy.deepcopy(model).fuse_for_inference()
+    fused = ptattn.fuse(copy.deepcopy(model))
     with torch.no_grad():
         before = model(*one, **first)
         for each in (model, fused):
@@ -179,6 +294,7 @@ def test_layers_that_are_more_than_their_weights(name, change):
             torch.testing.assert_close(each(*one, **first), expected, rtol=1e-4, atol=1e-4)
         changed = (expected - before).abs().max() > 0.1
     assert changed == (change is not quantize)
+    classes = [type(module) for module in model.modules()]
     with pytest.raises(RuntimeError, match=r"blocks.0.global_interaction cannot be fused: .*LoRA"):
-        model.fuse_for_inference()
-    assert not model.fused
+        ptattn.fuse(model)
+    assert [type(module) for module in model.modules()] == classes

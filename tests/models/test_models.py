@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ptattn.geometry import WindowGrid
 from ptattn.layers import ZeroLinear
 from ptattn.models import ModelConfig, create_model, get_config, list_models
-from ptattn.models.blocks import position_embedding
+from ptattn.models.position import position_embedding
 
 SMALL = dict(depth=2, dim=48, num_heads=3)
 TEXT = SMALL | dict(caption_channels=24)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptattn.layers import Residual
-from ptattn.models.blocks import Condition
+from ptattn.models.condition import Condition
 from ptattn.models.configs import ModelConfig
 from ptattn.models.pt_dit import PTDiTBlock
 
@@ -62,7 +62,7 @@ each_kind = pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_passes_of_a_training_forward(kind, batch):
     """Besides products, attention and the MLP's activation: the four fused passes; one addition
-    before the text's queries, which are not normed; and the gate of shifted attention, unless it
+    before the text's queries, which are un-normed; and the gate of shifted attention, unless it
     scales the weights for the one sample."""
     text = kind == "text"
     expected = {

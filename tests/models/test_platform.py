@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ptattn
 from ptattn.bench.memory import LiveBytes
 from tests.models.test_models import NAMES, condition_for, small
 
@@ -169,7 +170,8 @@ def test_checkpointing_on_the_kernels():
 
 
 def test_a_checkpointed_block_keeps_one_tensor_of_tokens():
-    """A block hands on a stream and a branch not added yet: both were kept."""
+    """A block hands on a stream and a branch not added yet: both were kept. Besides, there is its
+    modulation, nine vectors per sample."""
     kept = []
     for depth in (2, 3):
         model = tiny("pt-dit-xl", depth=depth)
@@ -179,7 +181,7 @@ def test_a_checkpointed_block_keeps_one_tensor_of_tokens():
             out = model(**inputs)
         assert out.requires_grad
         kept.append(live.now)
-    assert kept[1] - kept[0] == 2 * 60 * 32 * 4
+    assert kept[1] - kept[0] == 2 * (60 + 9) * 32 * 4
 
 
 @pytest.mark.parametrize("keep_attention", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -230,7 +232,7 @@ def test_lora_on_every_linear_layer(name):
             assert not torch.allclose(adapted(**inputs), expected, rtol=1e-2)
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**inputs), expected, rtol=1e-4, atol=1e-5)
-        merged.fuse_for_inference()
+        ptattn.fuse(merged)
         torch.testing.assert_close(merged(**inputs), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -299,6 +301,7 @@ def sharded_steps(rank, folder):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    assert not model.prepares_captions
     half = slice(2 * rank, 2 * rank + 2)
     inputs = {name: value[half] for name, value in inputs.items()}
     steps = []

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ptattn.layers import Residual
 from ptattn.models import create_model
-from ptattn.models.blocks import Condition
+from ptattn.models.condition import Condition
 
 C, GRID = 32, (2, 12, 16)
 N = math.prod(GRID)

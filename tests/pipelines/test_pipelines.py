@@ -279,6 +279,7 @@ def test_models_can_be_offloaded():
     pipe = pipeline()
     plain = pipe("a cat", generator=seeded(), **IMAGE).images
     pipe.enable_model_cpu_offload(device="cpu")
+    assert pipe.transformer.prepares_captions  # its weights are brought for that
     calls = []
     for hook, name in zip(pipe._all_hooks, ("text_encoder", "transformer", "vae"), strict=True):
         assert hook.model is getattr(pipe, name)
