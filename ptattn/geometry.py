@@ -156,12 +156,11 @@ def window_grid(
         ValueError: as WindowGrid.
     """
     if isinstance(grid, WindowGrid):
-        if window is not None or shift is not NO_SHIFT:
+        if window is not None or shift != NO_SHIFT:
             raise TypeError("grid is a WindowGrid, which has its window and shift: give no others")
         return grid
     given: tuple[Any, Any, Any] = grid, window, shift
-    sequences = all(map(_SEQUENCES.__contains__, map(type, given)))
-    if torch.compiler.is_compiling() or not sequences:
+    if torch.compiler.is_compiling() or not _SEQUENCES.issuperset(map(type, given)):
         return WindowGrid(*given)  # which names what is wrong
     if {*map(type, (*given[0], *given[1], *given[2]))} != {int}:  # symbolic, or True, equal to 1
         return WindowGrid(*given)

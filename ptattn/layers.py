@@ -38,8 +38,7 @@ class Residual(NamedTuple):
     y: Tensor | None = None  # (B, N, C)
     gate: Tensor | None = None  # (B, C)
 
-    @property
-    def total(self) -> Tensor:
+    def total(self) -> Tensor:  # no property: torch 2.7 does not compile those of named tuples
         if self.y is None:
             return self.x
         if self.gate is None:
@@ -48,7 +47,8 @@ class Residual(NamedTuple):
 
     def norm(self, modulation: Sequence[Tensor] | None, backend: str) -> tuple[Tensor, Tensor]:
         """The sum and its LayerNorm, modulated by (shift, scale, ...)."""
-        shift, scale = (None, None) if modulation is None else modulation[:2]
+        # Not a slice: torch 2.7 does not compile those of named tuples.
+        shift, scale = (None, None) if modulation is None else (modulation[0], modulation[1])
         if self.y is None:
             return self.x, ops.layer_norm(self.x, shift, scale, eps=NORM_EPS, backend=backend)
         return ops.residual_layer_norm(
@@ -294,7 +294,7 @@ class TextureComplement(nn.Module):
             raise ValueError(f"windows must have no shift; got {windows.shift}")
         first = None if modulation is None else modulation[0]
         _, normed = Residual(x).norm(first, self.window_attn.backend)
-        return self._branches(x, normed, windows, modulation)[1].total
+        return self._branches(x, normed, windows, modulation)[1].total()
 
     def _branches(
         self,

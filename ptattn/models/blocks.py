@@ -131,13 +131,12 @@ class Blocks(nn.ModuleList):
 
     def _conditions(self, condition: Condition) -> list[Condition]:
         """The condition of each block."""
-        vectors = self._modulations(condition.modulation)
-        text = condition.text
-        if not isinstance(text, PreparedCaption):
-            return [condition._replace(modulation=vector) for vector in vectors]
+        embedding, modulation, text, mask = condition
+        texts = text.keys_values if isinstance(text, PreparedCaption) else [text] * len(self)
+        vectors = self._modulations(modulation)
         return [
-            condition._replace(modulation=vector, text=own)
-            for vector, own in zip(vectors, text.keys_values, strict=True)
+            Condition(embedding, vector, own, mask)
+            for vector, own in zip(vectors, texts, strict=True)
         ]
 
     def _modulations(self, vector: Tensor) -> Sequence[Tensor]:
@@ -157,7 +156,7 @@ class Blocks(nn.ModuleList):
 
 def _summed(block: nn.Module, stream: Residual, *others: Any) -> Residual:
     """The stream alone: with a branch beside it there would be two tensors to keep."""
-    return Residual(block(stream, *others).total)
+    return Residual(block(stream, *others).total())
 
 
 def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

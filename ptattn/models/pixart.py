@@ -35,7 +35,7 @@ class PixArtBlock(nn.Module):
         attn, mlp = self.modulation(condition.modulation)
         x, normed = stream.norm(attn, self.backend)
         stream = Residual(x, self.attn(normed), attn.gate)
-        x = stream.total  # text attention takes its queries from the un-normed tokens
+        x = stream.total()  # text attention takes its queries from the un-normed tokens
         stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
         x, normed = stream.norm(mlp, self.backend)
         return Residual(x, self.mlp(normed), mlp.gate)

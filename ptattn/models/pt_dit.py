@@ -65,7 +65,7 @@ class PTDiTBlock(nn.Module):
         x, normed = stream.norm(window, self.backend)
         _, stream = self.texture_complement._branches(x, normed, windows, (window, shifted))
         if self.text_attn is not None:
-            x = stream.total  # text attention takes its queries from the un-normed tokens
+            x = stream.total()  # text attention takes its queries from the un-normed tokens
             stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
         x, normed = stream.norm(mlp, self.backend)
         return Residual(x, self.mlp(normed), mlp.gate)
