@@ -23,6 +23,7 @@ TIME_LIMIT = 900  # seconds; the tests of one fault take less than half of it
 TESTS = (
     "tests/kernels/test_attention.py",
     "tests/kernels/test_norm.py",
+    "tests/kernels/test_reduce.py",
     "tests/kernels/test_bounds.py",
     "tests/kernels/test_host.py",
     "tests/kernels/test_tile.py",
@@ -226,8 +227,15 @@ NORM = [
 ]  # fmt: skip
 
 HOST = [
-    Fault("reduce", "one part too few", "range(1, splits)", "range(2, splits)"),
-    Fault("reduce", "parts of another sample", "row * splits * inner", "row * inner"),
+    Fault("reduce", "one part too few", "(part < splits)", "(part < splits - 1)"),
+    Fault("reduce", "parts of the first tile only",
+          "range(0, splits, ROWS)", "range(0, ROWS, ROWS)"),
+    Fault("reduce", "parts of the first tile again",
+          "part = first + tl.arange(0, ROWS)", "part = tl.arange(0, ROWS)"),
+    Fault("reduce", "parts past the last", "(part < splits)[:, None] & ", ""),
+    Fault("reduce", "a width that its alignment does not divide",
+          "ALIGN=math.gcd(16, inner)", "ALIGN=16"),
+    Fault("reduce", "parts of another sample", "row * splits + part", "row + part"),
     Fault("reduce", "sum of one part twice", "if self.splits == 1:", "if self.splits == 2:"),
     Fault("host", "shift in the wrong direction", "*(-s % p for", "*(s for"),
     Fault("host", "alignment promised that is not there",
