@@ -148,6 +148,8 @@ FEW_KEYS = [
           "outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale",
           "outer(v0, v1, g0, g1, D1, PRECISION), 0)"),
     Fault("few_keys", "dq by the scores as they are", "product(tl.trans(ds), k0", "product(ds, k0"),
+    Fault("few_keys", "dq of every tile in the place of the first",
+          "start * heads.to(tl.int64)", "first * heads.to(tl.int64)"),
     Fault("few_keys", "output not divided", "o0 / total[:, None], o1 / total", "o0, o1 / total"),
 ]  # fmt: skip
 
