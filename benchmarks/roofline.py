@@ -122,7 +122,9 @@ def _pairs(launch: Launch) -> tuple[int, int]:
     given, rows = values(launch), launch.constants["ROWS"]
     batch, queries, heads, _ = given["q"].shape
     if "SLOTS" in launch.constants:
-        return batch * heads * _windows(given).num_pairs, launch.programs * rows**2
+        windows = _windows(given)
+        tiles = -(-windows.num_windows // (rows // launch.constants["SLOTS"]))
+        return batch * heads * windows.num_pairs, batch * heads * tiles * rows**2
     if launch.constants.get("WINDOWED"):
         windows = _windows(given)
         padded = _padded_window_pairs(windows, rows, launch.constants["KEYS"])

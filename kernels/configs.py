@@ -2,8 +2,8 @@
 
 The file maps architecture -> kernel -> entries. The first entry whose bounds hold is taken:
 `bytes` is the size of an element, `channels` the width of the tiles that hold the head dim, `keys`
-that of the tile of a few keys, `queries` how many there are; `windowed` is 1 for windows, `masked`
-for a key mask.
+that of the tile of a few keys, `slots` the rows that a small window takes of its tile, `queries`
+how many there are; `windowed` is 1 for windows, `masked` for a key mask.
 "default" serves every architecture and kernel that has no entries of its own.
 `python -m benchmarks.gpu --tune` writes entries for the GPU at hand.
 """

@@ -124,9 +124,10 @@ def few_keys_backward(
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
-        # Transposed, [keys, queries]: so the weights enter two of the products as they are.
+        # Transposed, [keys, queries]: so the weights enter two of the products as they are. A query
+        # past the last has q = 0 and g = 0, and adds nothing to dk and dv.
         s = outer(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, present[:, None] & valid[None, :], 0)
+        p, total = softmax(s, present[:, None], 0)
         p /= total[None, :]
         if NEED_V:
             dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, D1, PRECISION)
@@ -134,7 +135,9 @@ def few_keys_backward(
             ds = softmax_gradient(p, outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale
             if NEED_Q:
                 x0, x1 = product(tl.trans(ds), k0, k1, D1, PRECISION)
-                store_rows(dq, row, heads * D, valid, x0, x1, D, D0, D1, OUT)
+                # By the tile's first row and rows from 0 on, which takes fewer registers.
+                tile = dq + tl.multiple_of(start * heads.to(tl.int64) * D, OUT)
+                store_rows(tile, row - start, heads * D, valid, x0, x1, D, D0, D1, OUT)
             if NEED_K:
                 dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, D1, PRECISION)
     # Where a query's weights are NaN, so are those of the keys that take no part.
@@ -163,7 +166,7 @@ def backward(
     """dq, dk, dv; None where `need` says that one is not."""
     q, k, v, g = host.rows(q, k, v, g)
     dq = host.empty(q, *q.shape) if need[0] else None
-    parts = Parts(k, splits_of(q.shape[1], 1), need)
+    parts = Parts(k, _splits(q.shape[1], k.shape[1]), need)
     masked = key_mask is not None
     plan = _backward_plan(*host.facts(q, k, v, g), masked, scale, need, host.target(q))
     plan.start(q, k, v, host.mask_bytes(key_mask, g), g, g if dq is None else dq, *parts.or_(g))
@@ -189,11 +192,17 @@ def _backward_plan(
 ) -> Plan:
     (b, n, h, _), m = q[0], k[0][1]
     config, sizes = _tiles("few_keys_backward", q, m, target)
-    splits = splits_of(n, 1)
+    splits = _splits(n, m)
     numbers = (*host.strides_of(q, k, v, g), n, m, h, splits, scale)
     tiles = host.attention_tiles(target[1], q, k, v, g)
     constants = host.needs(need) | dict(MASKED=masked) | sizes | tiles
     return Plan(few_keys_backward, b * splits * h, *numbers, config=config, **constants)
+
+
+def _splits(queries: int, keys: int) -> int:
+    """Programs that share a head's queries in the backward. With up to 64 keys they are small
+    enough for several on a multiprocessor, so that more of them pay."""
+    return host.cdiv(queries, 256) if keys <= 64 else splits_of(queries, 1)
 
 
 def _tiles(kernel: str, q: Any, m: int, target: tuple[str, str]) -> tuple[Config, dict[str, int]]:

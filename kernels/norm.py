@@ -24,7 +24,6 @@ from .tile import (
     box_size,
     load_rows,
     num_tokens,
-    row_dots,
     store_rows,
     window_box,
     window_of,
@@ -71,32 +70,39 @@ def add_residual(
 
 
 @triton.jit
-def _center(x, mean, START: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
-    """x - mean, but 0 past channel C."""
-    return tl.where((START + tl.arange(0, WIDTH) < C)[None, :], x - mean[:, None], 0.0)
+def _row_sums(x):
+    """[R, 1], or a number where there is one row."""
+    sums = tl.sum(x, 1)
+    return tl.sum(sums, 0) if x.shape[0] == 1 else sums[:, None]
 
 
 @triton.jit
 def _row_means(x0, x1, C: tl.constexpr, C1: tl.constexpr):
-    """Means over channels, [R]; there must be zeros past channel C."""
-    total = tl.sum(x0, 1)
+    """Means over channels, as `_row_sums`; there must be zeros past channel C.
+
+    A number has no layout: of a tensor's, one of the two tiles would have to take the other's.
+    """
+    total = _row_sums(x0)
     if C1 > 0:
-        total += tl.sum(x1, 1)
+        total += _row_sums(x1)
     return total / C
 
 
 @triton.jit
-def normalize(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ACC: tl.constexpr):
-    """LayerNorm of [R, C0], [R, C1], and the factor 1 / deviation [R]; 0 past channel C."""
+def _center(x, mean, START: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """x - mean, but 0 past channel C."""
+    return tl.where((START + tl.arange(0, WIDTH) < C)[None, :], x - mean, 0.0)
+
+
+@triton.jit
+def normalize(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
+    """LayerNorm of [R, C0], [R, C1], and the factor 1 / deviation; 0 past channel C."""
     mean = _row_means(x0, x1, C, C1)
     x0 = _center(x0, mean, 0, C0, C)
     if C1 > 0:
         x1 = _center(x1, mean, C0, C1, C)
-    factor = 1.0 / tl.sqrt(row_dots(x0, x1, x0, x1, C1, ACC) / C + eps)
-    x0 = x0 * factor[:, None]
-    if C1 > 0:
-        x1 = x1 * factor[:, None]
-    return x0, x1, factor
+    factor = 1.0 / tl.sqrt(_row_means(x0 * x0, x1 * x1, C, C1) + eps)
+    return x0 * factor, x1 * factor, factor
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -121,7 +127,7 @@ def norm_forward(
         x0.to(ACC), x1.to(ACC), y, y_n, gate0, gate1, total + own, token, valid, ADD, GATED,
         C, C0, C1, ALIGN, ACC,
     )  # fmt: skip
-    x0, x1, _ = normalize(x0, x1, eps, C, C0, C1, ACC)
+    x0, x1, _ = normalize(x0, x1, eps, C, C0, C1)
     if MODULATED:
         shift0, shift1 = load_vector(shift, batch, shift_b, True, C, C0, C1, ALIGN, ACC)
         scale0, scale1 = load_vector(scale, batch, scale_b, True, C, C0, C1, ALIGN, ACC)
@@ -184,7 +190,7 @@ def norm_backward(
         dx0, dx1 = zeros(ROWS, C0, C1, ACC)
         if NORM:
             x0, x1 = load_rows(x, token, x_n, valid, C, C0, C1, ALIGN)
-            x0, x1, factor = normalize(x0.to(ACC), x1.to(ACC), eps, C, C0, C1, ACC)
+            x0, x1, factor = normalize(x0.to(ACC), x1.to(ACC), eps, C, C0, C1)
             g0, g1 = load_rows(dnormed, token, dnormed_n, valid, C, C0, C1, ALIGN)
             g0, g1 = g0.to(ACC), g1.to(ACC)
             if NEED_MODULATION:
@@ -194,10 +200,10 @@ def norm_backward(
                     dshift1 += tl.sum(g1, 0)[None, :]
                     dscale1 += tl.sum(g1 * x1, 0)[None, :]
             g0, g1 = g0 * (1.0 + scale0), g1 * (1.0 + scale1)
-            mean = _row_means(g0, g1, C, C1)[:, None]
-            along = (row_dots(g0, g1, x0, x1, C1, ACC) / C)[:, None]
-            dx0 = (g0 - mean - x0 * along) * factor[:, None]
-            dx1 = (g1 - mean - x1 * along) * factor[:, None]
+            mean = _row_means(g0, g1, C, C1)
+            along = _row_means(g0 * x0, g1 * x1, C, C1)
+            dx0 = (g0 - mean - x0 * along) * factor
+            dx1 = (g1 - mean - x1 * along) * factor
         if TOTAL:
             t0, t1 = load_rows(dtotal, token, dtotal_n, valid, C, C0, C1, ALIGN)
             dx0, dx1 = dx0 + t0.to(ACC), dx1 + t1.to(ACC)
@@ -225,7 +231,7 @@ def norm_backward(
 
 # Programs that share a sample's tokens for the gradients of its vectors, at most: enough to fill a
 # GPU, few enough that their parts cost little. Depends on neither batch nor device.
-MOST_PARTS = 256
+MOST_PARTS = 1024
 
 
 def forward(
@@ -305,7 +311,7 @@ def _backward_plan(
     """And the shape of the parts of the vectors' gradients, if any is needed."""
     b, n, c = x[0]
     need_y, need_gate, need_modulation = need
-    config, tile = tile_of("norm_backward", x, 16, target, values=2048)
+    config, tile = tile_of("norm_backward", x, 16, target, values=1024)
     splits, columns = host.cdiv(n, tile["ROWS"]), need_gate + 2 * need_modulation
     if columns:
         splits = min(splits, MOST_PARTS)

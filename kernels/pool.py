@@ -72,7 +72,7 @@ def pool_forward(
         if C1 > 0:
             sum1 += tl.sum(x1, 0)[None, :]
         if NORM:
-            x0, x1, _ = normalize(x0, x1, eps, C, C0, C1, ACC)
+            x0, x1, _ = normalize(x0, x1, eps, C, C0, C1)
             store_rows(normed + own, token, C, valid, x0, x1, C, C0, C1, OUT)
     row = (batch * windows + window) * splits + split + tl.zeros([1], tl.int32)
     one = tl.full([1], True, tl.int1)

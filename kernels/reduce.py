@@ -1,5 +1,6 @@
 """Sums of the parts that several programs wrote, in a fixed order."""
 
+import math
 from typing import Any
 
 import triton
@@ -12,18 +13,25 @@ from .host import Need, Plan, planned
 
 
 @triton.jit(do_not_specialize=("splits", "inner"))
-def sum_splits(parts, out, splits, inner, BLOCK: tl.constexpr):
-    """(outer, splits, inner) -> (outer, inner), both contiguous; one program per BLOCK of inner."""
+def sum_splits(
+    parts, out, splits, inner, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+):
+    """(outer, splits, inner) -> (outer, inner), both contiguous; one program per BLOCK of inner.
+
+    Of a tile of ROWS parts each row adds up every ROWS'th part; the rows are added at the end.
+    """
+    inner = inner // ALIGN * ALIGN  # ALIGN divides it; untold of it, loads are narrow
     blocks = tl.cdiv(inner, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = column < inner
-    parts += row * splits * inner + column
-    total = tl.load(parts, mask=valid, other=0.0)
-    for _ in range(1, splits):
-        parts += inner
-        total += tl.load(parts, mask=valid, other=0.0)
-    tl.store(out + row * inner + column, total.to(out.dtype.element_ty), mask=valid)
+    total = tl.zeros([ROWS, BLOCK], parts.dtype.element_ty)
+    for first in range(0, splits, ROWS):
+        part = first + tl.arange(0, ROWS)
+        offset = ((row * splits + part) * inner)[:, None] + column[None, :]
+        total += tl.load(parts + offset, mask=(part < splits)[:, None] & valid[None, :], other=0.0)
+    total = tl.sum(total, 0).to(out.dtype.element_ty)
+    tl.store(out + row * inner + column, total, mask=valid)
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
@@ -35,9 +43,12 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
 @planned
 def _plan(parts: Any, out: Any, target: tuple[str, str]) -> Plan:
     outer, splits, inner = parts[0]
-    block = 1024
+    # Narrow tiles are many programs, tall ones many loads under way: a GPU is to be filled by both.
+    rows, block = 64 if splits <= 64 else 256, 32
     programs = outer * host.cdiv(inner, block)
-    return Plan(sum_splits, programs, splits, inner, BLOCK=block, config=Config(warps=4))
+    constants = dict(ROWS=rows, BLOCK=block, ALIGN=math.gcd(16, inner))
+    config = Config(warps=4 if rows == 64 else 8)
+    return Plan(sum_splits, programs, splits, inner, config=config, **constants)
 
 
 def splits_of(queries: int, blocks: int) -> int:

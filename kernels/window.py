@@ -41,20 +41,32 @@ RUNTIME = (
 
 
 @triton.jit
-def _tile(geometry, heads, SLOTS: tl.constexpr, ROWS: tl.constexpr):
-    """This program's sample and head, and of every row its token, its window's place in the tile,
-    and whether there is such a token."""
-    tiles = tl.cdiv(num_windows(geometry), ROWS // SLOTS)
-    # Heads are fastest: neighbouring programs read neighbouring bytes of the same tokens.
-    head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads % tiles
-    batch = tl.program_id(0) // heads // tiles
+def _rows(tile, geometry, SLOTS: tl.constexpr, ROWS: tl.constexpr):
+    """Of every row of a tile its token, its window's place in the tile, and whether there is such
+    a token."""
     row = tl.arange(0, ROWS)
     group, slot = row // SLOTS, row % SLOTS
-    window = tile * (ROWS // SLOTS) + group
+    # Of a window alone in its tile all but the slots is one number for all rows.
+    window = tile if SLOTS == ROWS else tile * (ROWS // SLOTS) + group
     box = window_box(window, geometry)
     valid = slot < box_size(box)  # no slot of a window past the last
-    return batch, head, token_in_box(slot, box, geometry), group, valid
+    return token_in_box(slot, box, geometry), group, valid
+
+
+@triton.jit
+def _pairs(group, valid, GROUPS: tl.constexpr):
+    """Which keys each row of a tile attends to, [R, R]. Of a window alone [1, R]: rows without a
+    token need no mask, as their zeros add nothing to the gradients of keys and values."""
+    pair = valid[None, :]
+    if GROUPS > 1:
+        pair = pair & (group[:, None] == group[None, :]) & valid[:, None]
+    return pair
+
+
+@triton.jit
+def _contained(x, pair, GROUPS: tl.constexpr):
+    """x [R, R] without what windows of a tile have with one another, which may be NaN."""
+    return tl.where(pair, x, 0.0) if GROUPS > 1 else x
 
 
 @triton.jit
@@ -95,7 +107,13 @@ def window_forward(
 ):  # fmt: skip
     """out = softmax(scale · q kᵀ) v within windows; out (B, N, H, D) is contiguous."""
     geometry = (f, h, w, pf, ph, pw, of, oh, ow)
-    batch, head, token, group, valid = _tile(geometry, heads, SLOTS, ROWS)
+    GROUPS: tl.constexpr = ROWS // SLOTS
+    tiles = tl.cdiv(num_windows(geometry), GROUPS)
+    # Heads are fastest: neighbouring programs read neighbouring bytes of the same tokens.
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads % tiles
+    batch = tl.program_id(0) // heads // tiles
+    token, group, valid = _rows(tile, geometry, SLOTS, ROWS)
     q += head_offset(batch, head, q_b, q_h, ALIGN)
     k += head_offset(batch, head, k_b, k_h, ALIGN)
     v += head_offset(batch, head, v_b, v_h, ALIGN)
@@ -103,26 +121,60 @@ def window_forward(
     k0, k1 = load_rows(k, token, k_n, valid, D, D0, D1, ALIGN)
     v0, v1 = load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)
 
-    pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
     s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-    p, total = softmax(s, pair, 1)
-    o0, o1 = _contained_product(p, v0, v1, group, D1, PRECISION, ROWS // SLOTS)
+    p, total = softmax(s, _pairs(group, valid, GROUPS), 1)
+    o0, o1 = _contained_product(p, v0, v1, group, D1, PRECISION, GROUPS)
 
     out += head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, D & -D)
     o0, o1 = o0 / total[:, None], o1 / total[:, None]
     store_rows(out, token, heads * D, valid, o0, o1, D, D0, D1, D & -D)
 
 
-@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h"))
+@triton.jit
+def _tile_gradients(
+    q, k, v, g, dq, dk, dv, own, tile, geometry, q_n, k_n, v_n, g_n, heads, scale,
+    NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of one head; `own` is where that head's gradients begin."""
+    GROUPS: tl.constexpr = ROWS // SLOTS
+    OUT: tl.constexpr = D & -D  # what divides the strides of contiguous gradients
+    token, group, valid = _rows(tile, geometry, SLOTS, ROWS)
+    q0, q1 = load_rows(q, token, q_n, valid, D, D0, D1, ALIGN)
+    k0, k1 = load_rows(k, token, k_n, valid, D, D0, D1, ALIGN)
+    v0, v1 = load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)
+    g0, g1 = load_rows(g, token, g_n, valid, D, D0, D1, ALIGN)
+
+    pair = _pairs(group, valid, GROUPS)
+    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
+    p, total = softmax(s, pair, 1)
+    p = _contained(p / total[:, None], pair, GROUPS)
+    if NEED_V:
+        x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
+        store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+    if NEED_Q or NEED_K:
+        dp = _contained(outer(g0, g1, v0, v1, D1, PRECISION), pair, GROUPS)
+        ds = _contained(softmax_gradient(p, dp, 1), pair, GROUPS) * scale
+        if NEED_Q:
+            x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
+            store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+        if NEED_K:
+            x0, x1 = _contained_product(tl.trans(ds), q0, q1, group, D1, PRECISION, GROUPS)
+            store_rows(dk + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+
+
+@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h", "share"))
 def window_backward(
     q, k, v, g, dq, dk, dv,
     q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
     k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
     g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
-    heads, scale, f, h, w, pf, ph, pw, of, oh, ow,
+    heads, scale, f, h, w, pf, ph, pw, of, oh, ow, share,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,37 +182,38 @@ def window_backward(
 
     With P the weights: dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));
     dQ = scale · dS K;  dK = scale · dSᵀ Q.
+
+    A program walks over `share` tiles, the next one's rows on their way meanwhile; over one where
+    windows share tiles, as a loop around what keeps them apart takes too many registers.
     """
     geometry = (f, h, w, pf, ph, pw, of, oh, ow)
     GROUPS: tl.constexpr = ROWS // SLOTS
-    OUT: tl.constexpr = D & -D  # what divides the strides of contiguous gradients
-    batch, head, token, group, valid = _tile(geometry, heads, SLOTS, ROWS)
+    tiles = tl.cdiv(num_windows(geometry), GROUPS)
+    shares = tl.cdiv(tiles, share)
+    head = tl.program_id(0) % heads
+    first = tl.program_id(0) // heads % shares * share
+    batch = tl.program_id(0) // heads // shares
     q += head_offset(batch, head, q_b, q_h, ALIGN)
     k += head_offset(batch, head, k_b, k_h, ALIGN)
     v += head_offset(batch, head, v_b, v_h, ALIGN)
     g += head_offset(batch, head, g_b, g_h, ALIGN)
-    q0, q1 = load_rows(q, token, q_n, valid, D, D0, D1, ALIGN)
-    k0, k1 = load_rows(k, token, k_n, valid, D, D0, D1, ALIGN)
-    v0, v1 = load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)
-    g0, g1 = load_rows(g, token, g_n, valid, D, D0, D1, ALIGN)
-    own = head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, OUT)
+    own = head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, D & -D)
+    if GROUPS == 1:
+        for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
+            _tile_gradients(
+                q, k, v, g, dq, dk, dv, own, tile, geometry, q_n, k_n, v_n, g_n,
+                heads, scale, NEED_Q, NEED_K, NEED_V, SLOTS, ROWS, D, D0, D1, ALIGN, PRECISION,
+            )  # fmt: skip
+    else:
+        _tile_gradients(
+            q, k, v, g, dq, dk, dv, own, first, geometry, q_n, k_n, v_n, g_n,
+            heads, scale, NEED_Q, NEED_K, NEED_V, SLOTS, ROWS, D, D0, D1, ALIGN, PRECISION,
+        )  # fmt: skip
 
-    pair = (group[:, None] == group[None, :]) & valid[:, None] & valid[None, :]
-    s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-    p, total = softmax(s, pair, 1)
-    p = tl.where(pair, p / total[:, None], 0.0)
-    if NEED_V:
-        x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
-        store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
-    if NEED_Q or NEED_K:
-        dp = tl.where(pair, outer(g0, g1, v0, v1, D1, PRECISION), 0.0)
-        ds = tl.where(pair, softmax_gradient(p, dp, 1), 0.0) * scale
-        if NEED_Q:
-            x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
-            store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
-        if NEED_K:
-            x0, x1 = _contained_product(tl.trans(ds), q0, q1, group, D1, PRECISION, GROUPS)
-            store_rows(dk + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+
+# The backward: one tile a program until a head has twice FEW_TILES, lest there be too few programs
+# for a GPU, and then up to MOST_TILES. Depends on neither batch nor device.
+FEW_TILES, MOST_TILES = 128, 4
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) -> Tensor:
@@ -186,10 +239,11 @@ def backward(
 def _forward_plan(
     q: Any, k: Any, v: Any, windows: WindowGrid, scale: float, target: tuple[str, str]
 ) -> Plan:
-    programs, config, sizes = _tiles("window_forward", q, windows, target)
-    numbers = (*host.strides_of(q, k, v), q[0][2], scale, *host.geometry(windows))
-    tiles = host.attention_tiles(target[1], q, k, v)
-    return Plan(window_forward, programs, *numbers, config=config, **sizes, **tiles)
+    b, _, heads, _ = q[0]
+    tiles, config, sizes = _tiles("window_forward", q, windows, target)
+    numbers = (*host.strides_of(q, k, v), heads, scale, *host.geometry(windows))
+    constants = sizes | host.attention_tiles(target[1], q, k, v)
+    return Plan(window_forward, b * tiles * heads, *numbers, config=config, **constants)
 
 
 @planned
@@ -197,20 +251,25 @@ def _backward_plan(
     q: Any, k: Any, v: Any, g: Any, windows: WindowGrid, scale: float, need: Need,
     target: tuple[str, str],
 ) -> Plan:  # fmt: skip
-    programs, config, sizes = _tiles("window_backward", q, windows, target)
-    numbers = (*host.strides_of(q, k, v, g), q[0][2], scale, *host.geometry(windows))
-    tiles = host.attention_tiles(target[1], q, k, v, g)
-    constants = host.needs(need) | sizes | tiles
-    return Plan(window_backward, programs, *numbers, config=config, **constants)
+    b, _, heads, _ = q[0]
+    tiles, config, sizes = _tiles("window_backward", q, windows, target)
+    alone = sizes["SLOTS"] == sizes["ROWS"]
+    share = max(1, min(MOST_TILES, tiles // FEW_TILES)) if alone else 1
+    numbers = (*host.strides_of(q, k, v, g), heads, scale, *host.geometry(windows), share)
+    constants = host.needs(need) | sizes | host.attention_tiles(target[1], q, k, v, g)
+    programs = b * host.cdiv(tiles, share) * heads
+    return Plan(
+        window_backward, programs, *numbers, config=config, STAGES=config.stages, **constants
+    )
 
 
 def _tiles(
     kernel: str, q: Any, windows: WindowGrid, target: tuple[str, str]
 ) -> tuple[int, Config, dict[str, int]]:
-    """How many programs, the configuration, and the constants of the shared tiles."""
-    (b, _, h, d), _, dtype, _ = q
+    """How many tiles a sample's head has, the configuration, and the tiles' constants."""
+    (*_, d), _, dtype, _ = q
     slots = host.next_power_of_2(math.prod(windows.window))
-    config = host.config_of(kernel, target[0], dtype, channels=sum(host.split_channels(d)))
+    channels = sum(host.split_channels(d))
+    config = host.config_of(kernel, target[0], dtype, channels=channels, slots=slots)
     rows = max(config.rows, slots)
-    tiles = host.cdiv(windows.num_windows, rows // slots)
-    return b * tiles * h, config, dict(SLOTS=slots, ROWS=rows)
+    return host.cdiv(windows.num_windows, rows // slots), config, dict(SLOTS=slots, ROWS=rows)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ptattn
+from ptattn.kernels import host, window
 from tests.support.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
 from tests.support.checks import SUBSETS, dense, each, hold, key_mask, means, windows
 
@@ -45,6 +46,16 @@ def test_small_windows(case):
 @each("dtype", DTYPES)
 def test_small_windows_in_every_type(dtype):
     check_windows(dtype=dtype, **one_head, head_dim=72)
+
+
+@each("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("grid", [(8, 30), (9, 17)], ids=["four and one", "four and two"])
+def test_small_windows_of_several_tiles_a_program(grid, dtype, monkeypatch):
+    """The last program walks over what is left."""
+    monkeypatch.setattr(window, "FEW_TILES", 1)
+    host.forget_plans()
+    check_windows((grid, (7, 8), (3, 4)), dtype, batch=2, heads=2, head_dim=24)
+    host.forget_plans()
 
 
 @each("dtype", [torch.float16, torch.float32])
