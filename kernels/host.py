@@ -117,6 +117,9 @@ class Launch:
 class Plan:
     """A kernel's launch but for its tensors, which come first among its arguments.
 
+    All tensors that it is started with have the dtypes of the first ones, as the kernel is compiled
+    for these: a plan is kept under all that decides them.
+
     Args:
         programs: how many; none are started for an empty batch.
         numbers: the arguments after the tensors.

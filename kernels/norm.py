@@ -242,7 +242,7 @@ def forward(
     x, y, gate, shift, scale = host.rows(x, y, gate, shift, scale)
     total = None if y is None else host.empty(x, *x.shape, dtype=total_dtype(x, y, gate))
     normed = host.empty(x, *x.shape, dtype=dtype)
-    plan = _forward_plan(*host.facts(x, y, gate, shift, scale), eps, host.target(x))
+    plan = _forward_plan(*host.facts(x, y, gate, shift, scale), dtype, eps, host.target(x))
     given = [x if t is None else t for t in (y, gate, shift, scale)]
     plan.start(x, *given, normed if total is None else total, normed)
     return total, normed
@@ -292,8 +292,9 @@ def total_dtype(x: Tensor, y: Tensor | None, gate: Tensor | None) -> torch.dtype
 
 @planned
 def _forward_plan(
-    x: Any, y: Any, gate: Any, shift: Any, scale: Any, eps: float, target: tuple[str, str]
-) -> Plan:
+    x: Any, y: Any, gate: Any, shift: Any, scale: Any, dtype: torch.dtype, eps: float,
+    target: tuple[str, str],
+) -> Plan:  # fmt: skip
     b, n, _ = x[0]
     config, tile = tile_of("norm_forward", x, 16, target)
     numbers = (*host.strides_of(x, y or x), *map(stride_of, (gate, shift, scale)), n, eps)

@@ -102,7 +102,7 @@ def _means(
 ) -> Tensor:  # fmt: skip
     """The means of total, which is x without y; writes total and normed where they are given."""
     dtype = total_dtype(x, y, gate)
-    plan, shape = _plan(*host.facts(x, y, gate), windows, eps, host.target(x))
+    plan, shape = _plan(*host.facts(x, y, gate, normed), windows, eps, host.target(x))
     means = host.empty(x, x.shape[0], windows.num_windows, x.shape[2], dtype=dtype)
     parts = host.empty(x, *shape, dtype=host.accumulator(x.dtype)) if shape else means
     given = [x if t is None else t for t in (y, gate)]
@@ -112,8 +112,9 @@ def _means(
 
 @planned
 def _plan(
-    x: Any, y: Any, gate: Any, windows: WindowGrid, eps: float | None, target: tuple[str, str]
-) -> tuple[Plan, tuple[int, ...]]:
+    x: Any, y: Any, gate: Any, normed: Any, windows: WindowGrid, eps: float | None,
+    target: tuple[str, str],
+) -> tuple[Plan, tuple[int, ...]]:  # fmt: skip
     """And the shape of the parts of the means, if a window's are several."""
     (b, _, c), m = x[0], windows.num_windows
     largest = host.largest_window(windows)

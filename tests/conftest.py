@@ -1,5 +1,6 @@
 """Triton's interpreter, hypothesis profiles, one thread, one seed per test."""
 
+import importlib.util
 import os
 
 import hypothesis
@@ -14,6 +15,25 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 # for the CPU's tests on every machine, also where there is a GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _one_plan_has_one_kernel(monkeypatch):
+    """On a GPU a plan starts the kernel compiled for its first tensors, whatever comes later. One
+    kept without a dtype among its facts wrote float32 where bfloat16 was to be; the interpreter,
+    which looks at what it gets, did not show it."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from ptattn.kernels import host
+
+    seen, start = {}, host.Plan.start
+
+    def checked(self, *tensors):
+        dtypes = [t.dtype for t in tensors]
+        assert seen.setdefault(id(self), (dtypes, self))[0] == dtypes, self.kernel
+        start(self, *tensors)
+
+    monkeypatch.setattr(host.Plan, "start", checked)
 
 
 def pytest_configure():

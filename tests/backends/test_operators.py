@@ -235,3 +235,19 @@ def test_shapes_on_meta():
     out = attend(q, q, q, backend="triton")
     assert (out.shape, out.device.type) == (q.shape, "meta")
     assert math.prod(out.stride()) == math.prod(q.stride())
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "layer_norm_window_mean"])
+def test_autocast_on_and_off(op):
+    """The same tokens, normed in another dtype: another kernel (`_one_plan_has_one_kernel`)."""
+    x, geometry = torch.randn(1, 15, 8), ((3, 5), (2, 2)) if "mean" in op else ()
+
+    def normed():
+        out = getattr(ptattn.ops, op)(x, *geometry, backend="triton")
+        return out[0] if geometry else out
+
+    wide = normed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = normed()
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(narrow.float(), wide, rtol=1e-2, atol=1e-2)
