@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 # The oldest torch that works, one between, the newest: what `make torch-matrix` runs.
-TORCHES ?= 2.7.1 2.11.0 2.14.1
+TORCHES ?= 2.9.1 2.11.0 2.14.1
 # As many workers as cores, two at most; one thread each, as the workers already fill the cores.
 PYTEST_CPU = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
 
