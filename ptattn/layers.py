@@ -36,8 +36,7 @@ class Residual(NamedTuple):
     y: Tensor | None = None  # (B, N, C)
     gate: Tensor | None = None  # (B, C)
 
-    @property
-    def total(self) -> Tensor:
+    def total(self) -> Tensor:  # torch 2.9 compiles no property of a tuple
         if self.y is None:
             return self.x
         if self.gate is None:

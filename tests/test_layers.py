@@ -128,8 +128,8 @@ def test_modulated_texture_complement(shift, batch, grid):
     half = wake(TextureComplement(DIM, HEADS, shift=shift, dtype=torch.float64))
     x, m = tokens(batch, windows.num_tokens), (modulation(batch), modulation(batch))
     first, second = half(x, ops.layer_norm(x, *m[0][:2]), windows, m)
-    assert_same_math(second.total, x + texture_complement(half, x, windows, m))
-    assert_same_math(first.total, second.x)
+    assert_same_math(second.total(), x + texture_complement(half, x, windows, m))
+    assert_same_math(first.total(), second.x)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

@@ -82,7 +82,7 @@ def block_subject(entry: Entry, settings: Settings, batch: int) -> Subject:
     def call(module: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
         like = x.dtype
         known = Condition(embedding.to(like), vector, text.to(like), condition.text_mask)
-        return module(Residual(x), *grids, known).total
+        return module(Residual(x), *grids, known).total()
 
     leaves, rest = (stream.x, vector), (*grids, condition)
     upstream, proxy = torch.randn_like(stream.x), entry.is_proxy_tokenized

@@ -80,7 +80,7 @@ def measure(block: Block, settings: Settings, share: float) -> Measurement:
 def build(block: Block, settings: Settings) -> Callable[[], Tensor]:
     """The block with random weights and inputs of batch 1, as a function that runs its forward."""
     module, inputs = make(block, settings)
-    return lambda: module(*inputs).total
+    return lambda: module(*inputs).total()
 
 
 def make(block: Block, settings: Settings, batch: int = 1) -> tuple[nn.Module, tuple[Any, ...]]:

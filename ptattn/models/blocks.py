@@ -243,7 +243,7 @@ class Blocks(nn.ModuleList):
 
 def _summed(block: nn.Module, stream: Residual, *others: Any) -> Residual:
     """The stream alone: with a branch beside it there would be two tensors to keep."""
-    return Residual(block(stream, *others).total)
+    return Residual(block(stream, *others).total())
 
 
 def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

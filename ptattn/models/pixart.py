@@ -35,7 +35,7 @@ class PixArtBlock(nn.Module):
         attn, mlp = self.modulation(condition.modulation)
         x, normed = stream.norm(attn, self.backend)
         stream = Residual(x, self.attn(normed), attn.gate)
-        x = stream.total  # the text is asked by tokens that are not normed
+        x = stream.total()  # the text is asked by tokens that are not normed
         stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
         x, normed = stream.norm(mlp, self.backend)
         return Residual(x, self.mlp(normed), mlp.gate)

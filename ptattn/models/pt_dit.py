@@ -59,7 +59,7 @@ class PTDiTBlock(nn.Module):
         x, normed = stream.norm(window, self.backend)
         _, stream = self.texture_complement(x, normed, windows, (window, shifted))
         if self.text_attn is not None:
-            x = stream.total  # the text is asked by tokens that are not normed
+            x = stream.total()  # the text is asked by tokens that are not normed
             stream = Residual(x, self.text_attn(x, condition.text, condition.text_mask))
         x, normed = stream.norm(mlp, self.backend)
         return Residual(x, self.mlp(normed), mlp.gate)

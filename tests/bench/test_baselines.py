@@ -78,7 +78,7 @@ def test_roll_mask_block_is_our_block(sizes: tuple) -> None:
     x = torch.randn(2, windows.num_tokens, DIM, dtype=torch.float64, requires_grad=True)
     up = torch.randn_like(x)
 
-    out = ours(Residual(x), windows, windows, condition).total
+    out = ours(Residual(x), windows, windows, condition).total()
     shifted = windows.shifted()
     rows = theirs(
         baselines.partition(x, windows),
@@ -109,7 +109,7 @@ def test_diffusers_pixart_block_is_our_pixart_block() -> None:
     theirs = baselines.DiffusersPixArtBlock(DIM, HEADS).double().copy_weights(ours)
     condition = _condition(batch=2)
     x = torch.randn(2, 24, DIM, dtype=torch.float64)
-    _close(ours(Residual(x), condition).total, theirs(x, condition), "output")
+    _close(ours(Residual(x), condition).total(), theirs(x, condition), "output")
 
 
 def test_diffusers_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
