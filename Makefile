@@ -5,16 +5,18 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
+# The oldest torch that works, one between, the newest: what `make torch-matrix` runs.
+TORCHES ?= 2.9.1 2.11.0 2.14.1
 # As many workers as cores, two at most; one thread each, as the workers already fill the cores.
 PYTEST_CPU = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help compare demo test test-full test-gpu mutants bench lint wheel clean
+.PHONY: help compare demo test test-full test-gpu torch-matrix mutants bench lint wheel clean
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 
 compare: $(VENV)/.stamp-bench ## proxy-tokenized against full attention on this machine (ARGS="...")
 	$(BIN)/ptattn compare $(ARGS)
@@ -27,6 +29,9 @@ test-full: $(VENV)/.stamp-test-t2x-train ## every CPU test, the long ones too
 
 test-gpu: $(VENV)/.stamp-test ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -rs -n logical --maxprocesses 8 $(ARGS)
+
+torch-matrix: $(VENV)/.stamp-venv ## the tests of what torch decides, on several (TORCHES="...")
+	$(BIN)/python -m tests.matrix $(TORCHES)
 
 mutants: $(VENV)/.stamp-test ## whether the tests catch seeded faults in the kernels (ARGS="...")
 	$(BIN)/python -m tests.mutants $(ARGS)

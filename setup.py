@@ -21,6 +21,11 @@ TRAIN = [
     "av>=15",  # tells a frame's rotation
 ]
 
+TEST = [
+    *("pytest", "pytest-xdist", "hypothesis", "safetensors"),
+    "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
+]
+
 setup(
     name="ptattn",
     version=VERSION,
@@ -37,9 +42,9 @@ setup(
     },
     zip_safe=False,
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",  # the oldest of `make torch-matrix`
         "einops>=0.7",
-        "triton>=3.2; platform_system == 'Linux'",
+        "triton>=3.3; platform_system == 'Linux'",
     ],
     extras_require={
         "bench": BENCH,
@@ -47,16 +52,13 @@ setup(
         "t2x": ["diffusers", "transformers", "accelerate", *HUB],
         "train": TRAIN,
         "test": [
-            "pytest",
-            "pytest-xdist",
-            "hypothesis",
-            "safetensors",
+            *TEST,
             "peft",  # LoRA
             "torchao",  # quantized weights
-            "numpy<2.4",  # the interpreter of triton 3.6 fails with newer ones
             "setuptools>=70.1",  # builds the wheel under test without network or `wheel`
             *BENCH,
         ],
+        "matrix": TEST,  # whatever torch
         "lint": ["ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["ptattn = ptattn.cli:main"]},

@@ -38,7 +38,7 @@ class Residual(NamedTuple):
     y: Tensor | None = None  # (B, N, C)
     gate: Tensor | None = None  # (B, C)
 
-    def total(self) -> Tensor:  # no property: torch 2.7 does not compile those of named tuples
+    def total(self) -> Tensor:  # no property: torch 2.9 compiles none of a named tuple
         if self.y is None:
             return self.x
         if self.gate is None:
@@ -47,7 +47,7 @@ class Residual(NamedTuple):
 
     def norm(self, modulation: Sequence[Tensor] | None, backend: str) -> tuple[Tensor, Tensor]:
         """The sum and its LayerNorm, modulated by (shift, scale, ...)."""
-        # Not a slice: torch 2.7 does not compile those of named tuples.
+        # Not a slice: older torch does not compile those of named tuples.
         shift, scale = (None, None) if modulation is None else (modulation[0], modulation[1])
         if self.y is None:
             return self.x, ops.layer_norm(self.x, shift, scale, eps=NORM_EPS, backend=backend)
