@@ -73,7 +73,8 @@ def record(arch: str) -> Iterator[list[Launch]]:
 def target(x: Tensor) -> tuple[str, str]:
     """The architecture, "sm90", "gfx942" or "cpu", or the one recorded for, and how products of
     float32 are made; plans depend on both."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Of torch's two settings this one can be read whichever was set.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return _recorder.arch if _recorder else _arch(x.device), "tf32" if tf32 else "ieee"
 
 

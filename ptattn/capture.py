@@ -54,11 +54,14 @@ class CapturedGraph:
                 # the random generator with it: found out before, it breaks nothing.
                 with _refuse_waiting():
                     function(self.inputs)
+                before = [t._version for t in self.inputs]
                 self._graph, capturing = torch.cuda.CUDAGraph(), True
                 with torch.cuda.graph(
                     self._graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
                 ):
                     self.outputs = function(self.inputs)
+                # Which of the inputs it writes to.
+                self.written = [t._version != v for t, v in zip(self.inputs, before, strict=True)]
             except Exception as error:
                 # The end of a broken capture raises over what broke it.
                 cause = error.__context__ or error

@@ -243,7 +243,7 @@ class Guided:
         own: Any = getattr(self.model, "_orig_mod", self.model)  # what torch.compile has wrapped
         # A wrapper that passes attributes on may hold the weights; a graphed model is of its class.
         able = hasattr(own.__class__, "prepare_caption") and own.prepares_captions
-        if "caption" not in condition or not able:
+        if not isinstance(condition.get("caption"), Tensor) or not able:
             return condition
         return {"caption": own.prepare_caption(**condition)}
 

@@ -87,8 +87,8 @@ class Graphed:
             raise TypeError("model is graphed already")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs must be positive; got {max_graphs}")
+        if not isinstance(max_graphs, int) or max_graphs < 1:
+            raise ValueError(f"max_graphs must be a positive integer; got {max_graphs!r}")
         self.__model, self.__max_graphs = model, max_graphs
         self.__graphs: OrderedDict[Any, _Entry] = OrderedDict()
         self.__weights: _Weights | None = None
@@ -226,7 +226,8 @@ class _Entry:
         for i, (static, tensor) in enumerate(zip(self.graph.inputs, tensors, strict=True)):
             if not self.sources[i].holds(tensor):
                 static.copy_(tensor.detach())
-                self.sources[i] = _Source(tensor)
+                # The work may write to its input; what it has written to is copied at every call.
+                self.sources[i] = _Source() if self.graph.written[i] else _Source(tensor)
         return _map(self.graph.replay(), Tensor.clone)
 
 
@@ -312,7 +313,8 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor], parts: list[Any]
         tensors[name] = value
         parts += value.shape, value.dtype, value.device
     elif isinstance(value, LEAVES):
-        parts += type(value), value
+        # By its digits: 0.0 is equal to -0.0, and NaN to nothing.
+        parts += type(value), value.hex() if isinstance(value, float) else value
     else:
         items = _items(value, name)
         parts += type(value), tuple(items)

@@ -213,6 +213,7 @@ class GlobalInteraction(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `ops.window_mean` and `ops.attention`.
         """
+        _check_windows(windows)
         _, normed, proxies = Residual(x).norm_and_means(windows, self.proxy_attn.backend)
         return x + self._branch(normed, proxies, modulation)
 
@@ -290,8 +291,13 @@ class TextureComplement(nn.Module):
             ValueError: windows with a shift.
             TypeError, ValueError, RuntimeError: as `ops.window_attention`.
         """
-        if windows.shift != (0, 0, 0):
-            raise ValueError(f"windows must have no shift; got {windows.shift}")
+        _check_windows(windows)
+        gates = [] if modulation is None else [m.gate.shape for m in modulation]
+        if modulation is not None and gates != [(x.shape[0], x.shape[-1])] * 2:
+            raise ValueError(
+                f"modulation must be two, with gates (B, C) = {(x.shape[0], x.shape[-1])}; "
+                f"got gates {[tuple(shape) for shape in gates]}"
+            )
         first = None if modulation is None else modulation[0]
         _, normed = Residual(x).norm(first, self.window_attn.backend)
         return self._branches(x, normed, windows, modulation)[1].total()
@@ -339,6 +345,13 @@ def has_hooks(module: nn.Module) -> bool:
     and what brings offloaded ones."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
+
+
+def _check_windows(windows: Any) -> None:
+    if not isinstance(windows, WindowGrid):
+        raise TypeError(f"windows must be a WindowGrid; got {type(windows).__name__}")
+    if windows.shift != (0, 0, 0):
+        raise ValueError(f"windows must have no shift; got {windows.shift}")
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

@@ -176,6 +176,7 @@ def _norm(
     backend: str,
 ) -> tuple[Any, Any, Any]:
     run = _backend(backend, _check_norm, windows, x, y, gate, shift, scale).norm
+    eps = float(eps)
     if not eps > 0:
         raise ValueError(f"eps must be positive; got {eps!r}")
     return run(x, y, gate, shift, scale, windows, eps)

@@ -26,7 +26,9 @@ class Rerun:
         self.function, self.name, self.pool = function, name, object()
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [t.detach().clone() for t in inputs]
+            before = [t._version for t in self.inputs]
             self.outputs = function(self.inputs)
+            self.written = [t._version != v for t, v in zip(self.inputs, before, strict=True)]
 
     def replay(self):
         with torch.inference_mode(False), torch.no_grad():
@@ -168,6 +170,28 @@ def test_more_signatures_than_are_kept(captures):
     fast.reset()
     run(3)
     assert captures() == 6
+
+
+def test_a_model_that_writes_to_its_input(captures):
+    """Its copy was written to by every replay, and the untouched original not copied again."""
+    fast, x = ptattn.graphed(nn.Sequential(nn.SiLU(inplace=True), nn.SiLU())), torch.ones(3)
+    expected = nn.functional.silu(nn.functional.silu(x))
+    for _ in range(3):
+        assert torch.equal(fast(x), expected)
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_signs_of_zero_are_told_apart(captures):
+    class Signed(nn.Module):
+        def forward(self, x, sign):
+            return torch.copysign(x, torch.tensor(sign))
+
+    fast, x = ptattn.graphed(Signed()), torch.ones(2)
+    assert fast(x, 0.0).eq(1).all()
+    assert fast(x, -0.0).eq(-1).all()
+    assert fast(x, float("nan")).isfinite().all()
+    fast(x, float("nan"))
+    assert captures() == 3
 
 
 def copies(monkeypatch):
@@ -370,7 +394,7 @@ def test_arguments():
         ptattn.graphed(lambda x: x)
     with pytest.raises(TypeError, match="graphed already"):
         ptattn.graphed(ptattn.graphed(Product()))
-    with pytest.raises(ValueError, match="max_graphs must be positive; got 0"):
+    with pytest.raises(ValueError, match="max_graphs must be a positive integer; got 0"):
         ptattn.graphed(Product(), max_graphs=0)
 
 

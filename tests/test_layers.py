@@ -317,3 +317,15 @@ def test_trains_in_the_place_of_a_blocks_attention():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_halves_name_what_they_do_not_take():
+    x, windows = tokens(2, 16, dtype=torch.float32), WindowGrid((4, 4), (2, 2))
+    for half in (GlobalInteraction(DIM, HEADS), TextureComplement(DIM, HEADS)):
+        with pytest.raises(TypeError, match="windows must be a WindowGrid; got tuple"):
+            half(x, (4, 4))
+    vector = torch.zeros(2, DIM)
+    right, wrong = Modulation(vector, vector, vector), Modulation(vector, vector, vector[0])
+    for modulation in ((right,), (right, wrong)):
+        with pytest.raises(ValueError, match=r"modulation must be two, with gates \(B, C\)"):
+            half(x, windows, modulation)

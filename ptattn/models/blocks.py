@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from ..geometry import Triple, WindowGrid
-from ..layers import Modulation, Residual, ZeroLinear, has_hooks
+from ..layers import CrossAttention, Modulation, Residual, ZeroLinear, has_hooks
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
 from .position import position_embedding
@@ -201,12 +201,12 @@ class Captioned:
     def prepares_captions(self) -> bool:
         """Whether `prepare_caption` works: not for classes, nor where weights are sharded or
         offloaded block by block, which are at hand within the forward alone."""
-        if not isinstance(self.condition, TextCondition):
+        if not isinstance(self.condition, TextCondition) or has_hooks(self.condition):
             return False
         # accelerate's hook on a whole model can be asked to bring its weights.
         if has_hooks(cast(nn.Module, self)) and not hasattr(self, "_hf_hook"):
             return False
-        return all("text_attn" in b._modules and not has_hooks(b) for b in self.blocks)
+        return all(_has_own_text(block) for block in self.blocks)
 
     def prepare_caption(
         self, caption: Tensor, caption_mask: Tensor | None = None
@@ -232,7 +232,12 @@ class Captioned:
         if not self.prepares_captions:
             raise RuntimeError(
                 "prepare_caption needs a text model whose weights are at hand outside of its "
-                "forward: neither sharded nor offloaded block by block"
+                "forward: neither sharded nor offloaded block by block, nor wrapped or hooked there"
+            )
+        if caption_mask is not None and caption_mask.shape != caption.shape[:2]:
+            raise ValueError(
+                f"caption_mask must have shape (B, T) = {tuple(caption.shape[:2])}; "
+                f"got {tuple(caption_mask.shape)}"
             )
         hook: Any = getattr(self, "_hf_hook", None)
         if hook is not None:
@@ -240,6 +245,12 @@ class Captioned:
         text = cast(TextCondition, self.condition).text(caption)
         made = (cast(Any, block).text_attn.keys_values(text) for block in self.blocks)
         return PreparedCaption(tuple(made), caption_mask)
+
+
+def _has_own_text(block: nn.Module) -> bool:
+    """Whether what its forward makes of the text can be made outside of it."""
+    attn = block._modules.get("text_attn")  # none of a block that something wraps
+    return isinstance(attn, CrossAttention) and not (has_hooks(block) or has_hooks(attn))
 
 
 def initialize_weights(model: nn.Module) -> None:

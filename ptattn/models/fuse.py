@@ -118,7 +118,7 @@ def _pays(rows: int, channels: int) -> bool:
 
 
 def _foldable(*layers: nn.Module) -> bool:
-    return all(map(is_plain, layers))
+    return all(is_plain(layer) and layer.bias is not None for layer in layers)
 
 
 def _folded(inner: nn.Linear, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -251,3 +251,48 @@ def test_autocast_on_and_off(op):
         narrow = normed()
     assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(narrow.float(), wide, rtol=1e-2, atol=1e-2)
+
+
+@each_case
+def test_batches_of_gradients(name):
+    """As jacobians take them: tensors of several gradients, whose memory no kernel may read."""
+    case = CASES[name]()
+    tensors = [t.requires_grad_() for t in case.tensors]
+    out = call(case, *tensors)[-1]
+    grads = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(
+        out, tensors[0], grads, retain_graph=True, is_grads_batched=True
+    )[0]
+    alone = [torch.autograd.grad(out, tensors[0], g, retain_graph=True)[0] for g in grads]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_a_view_not_yet_negated():
+    x = torch.randn(1, 5, 8)
+    negative = ptattn.ops.layer_norm(torch._neg_view(x), backend="triton")
+    torch.testing.assert_close(negative, -ptattn.ops.layer_norm(x, backend="triton"))
+
+
+def test_eps_of_numpy_leaves_nothing_behind():
+    """A float32 of numpy is equal to a float of Python, and was kept in its place."""
+    numpy, x = pytest.importorskip("numpy"), torch.randn(1, 5, 8)
+    eps = numpy.float32(1e-3)
+    outs = [ptattn.ops.layer_norm(x, eps=e, backend="triton") for e in (eps, float(eps))]
+    assert torch.equal(*outs)
+
+
+def test_either_setting_of_tf32():
+    """torch raises where one of its two settings is read after the other was set."""
+    from ptattn.kernels import host
+
+    x = torch.ones(1)
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        assert host.target(x)[1] == "tf32"
+        settings.fp32_precision = "ieee"
+        assert host.target(x)[1] == "ieee"
+    finally:
+        settings.fp32_precision = before
+    assert host.target(x.double())[1] == "ieee"

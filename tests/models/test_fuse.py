@@ -298,3 +298,10 @@ def test_layers_that_are_more_than_their_weights(name, change):
     with pytest.raises(RuntimeError, match=r"blocks.0.global_interaction cannot be fused: .*LoRA"):
         ptattn.fuse(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_projection_without_a_bias_is_not_fused():
+    half = ptattn.GlobalInteraction(16, 2)
+    half.cross_attn.proj = torch.nn.Linear(16, 16, bias=False)
+    with pytest.raises(RuntimeError, match="cannot be fused"):
+        ptattn.fuse(half)

@@ -339,3 +339,28 @@ def test_a_sampling_run_of_a_wrapped_model(how):
     model.blocks[1].text_attn.kv.register_forward_hook(lambda *_: projected.append(1))
     assert torch.equal(sampled(run.get(how, lambda m: m)(model), inputs, 4.0), expected)
     assert len(projected) == (1 if how == "compiled" else 3)
+
+
+@pytest.mark.parametrize("where", ["condition", "text_attn"])
+def test_hooks_see_the_caption_of_a_sampling_run(where):
+    """What they change counts: where there are some, nothing is projected ahead."""
+    pytest.importorskip("diffusers")
+    model = tiny("pt-dit-xl").eval()
+    inputs = batch_for(model, 6, 10)
+    module = model.condition if where == "condition" else model.blocks[0].text_attn
+    before = sampled(model, inputs, 4.0)
+    assert model.prepares_captions
+    seen = []
+    module.register_forward_pre_hook(lambda *args: seen.append(args))
+    assert not model.prepares_captions
+    assert torch.equal(sampled(model, inputs, 4.0), before)
+    assert len(seen) == 3
+
+
+def test_a_prepared_caption_needs_the_mask_of_its_tokens():
+    model = tiny("pt-dit-xl")
+    caption = batch_for(model, 6, 10)["caption"]
+    with pytest.raises(
+        ValueError, match=r"caption_mask must have shape \(B, T\) = .*; got \(2, 1\)"
+    ):
+        model.prepare_caption(caption, torch.ones(2, 1, dtype=torch.bool))
