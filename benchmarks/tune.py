@@ -79,13 +79,14 @@ def _passes(op: str) -> tuple[Case, ...]:
 
 def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
     bounds = (("max_bytes", 2), ("max_channels", channels))
-    small = (
+    alone = (
         _case("window", head_dim, IMAGE, (1, 8, 8), 4),
         _case("shifted", head_dim, VIDEO, (4, 4, 4)),
-        _case("window", head_dim, (1, 32, 32), (1, 4, 4), 8),
     )
+    together = (_case("window", head_dim, (1, 32, 32), (1, 4, 4), 8),)  # in one tile
     for task in ("forward", "backward"):
-        yield Job(f"window_{task}", bounds, small)
+        yield Job(f"window_{task}", (*bounds, ("max_slots", 32)), together)
+        yield Job(f"window_{task}", bounds, alone)
     for keys, op in ((64, "cross"), (128, "text")):
         cases = (_case(op, head_dim, IMAGE, (1, 8, 8), 4), _case(op, head_dim, LARGE, (1, 16, 16)))
         for task in ("forward", "backward"):
@@ -109,9 +110,7 @@ def candidates(kernel: str) -> list[Entry]:
     if kernel.startswith(("pool", "norm")):
         return [dict(warps=warps, stages=stages) for warps in (2, 4, 8) for stages in (1, 3)]
     tiles = ((64, 4), (64, 8), (128, 8))
-    if kernel.startswith("window"):
-        return [dict(rows=rows, warps=warps) for rows, warps in tiles]
-    if kernel.startswith("few_keys"):
+    if kernel.startswith(("window", "few_keys")):
         return [
             dict(rows=rows, warps=warps, stages=stages)
             for (rows, warps), stages in itertools.product(tiles, (1, 2, 3))
@@ -128,8 +127,9 @@ def candidates(kernel: str) -> list[Entry]:
 
 
 def present(table: Table, arch: str, job: Job) -> Entry:
-    """The setting that a job's class has; a class of flash without `max_queries` is dense."""
-    sizes = {"queries": math.inf, "windowed": 0}
+    """The setting that a job's class has; a class of flash without `max_queries` is dense, one of
+    small windows without `max_slots` of those alone in their tile."""
+    sizes = {"queries": math.inf, "windowed": 0, "slots": 64}
     sizes |= {name.removeprefix("max_"): value for name, value in job.bounds}
     for entry in table.get(arch, {}).get(job.kernel) or table["default"][job.kernel]:
         if all(size <= entry.get(f"max_{name}", size) for name, size in sizes.items()):
