@@ -102,8 +102,8 @@ def _means(
 ) -> Tensor:  # fmt: skip
     """The means of total, which is x without y; writes total and normed where they are given."""
     dtype = total_dtype(x, y, gate)
-    plan, shape = _plan(*host.facts(x, y, gate, normed), windows, eps, host.target(x))
-    means = host.empty(x, x.shape[0], windows.num_windows, x.shape[2], dtype=dtype)
+    plan, whole, shape = _plan(*host.facts(x, y, gate, normed), windows, eps, host.target(x))
+    means = host.empty(x, *whole, dtype=dtype)
     parts = host.empty(x, *shape, dtype=host.accumulator(x.dtype)) if shape else means
     given = [x if t is None else t for t in (y, gate)]
     plan.start(x, *given, *[means if t is None else t for t in (total, normed)], parts)
@@ -114,8 +114,8 @@ def _means(
 def _plan(
     x: Any, y: Any, gate: Any, normed: Any, windows: WindowGrid, eps: float | None,
     target: tuple[str, str],
-) -> tuple[Plan, tuple[int, ...]]:  # fmt: skip
-    """And the shape of the parts of the means, if a window's are several."""
+) -> tuple[Plan, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """And the shapes of the means, and of their parts where a window's are several."""
     (b, _, c), m = x[0], windows.num_windows
     largest = host.largest_window(windows)
     config, tile = tile_of("pool_forward", x, largest, target)
@@ -126,4 +126,4 @@ def _plan(
     align = host.alignment(x, y, gate)
     constants = flags | dict(STAGES=config.stages) | tile | dict(ALIGN=align)
     plan = Plan(pool_forward, b * m * splits, *numbers, config=config, **constants)
-    return plan, (b * m, splits, c) if splits > 1 else ()
+    return plan, (b, m, c), (b * m, splits, c) if splits > 1 else ()
