@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, checks
 from .backends import Backend
 from .context import autocast_dtype, transformed
 from .geometry import NO_SHIFT, WindowGrid, window_grid
 from .memo import Memo
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def window_mean(
@@ -56,7 +54,7 @@ def window_mean(
         torch.Size([2, 4, 32])
     """
     windows = _unshifted(grid, window)
-    return _backend(backend, _check_window_mean, windows, x).window_mean(x, windows)
+    return _backend(backend, checks.window_mean, windows, x).window_mean(x, windows)
 
 
 def layer_norm(
@@ -175,7 +173,7 @@ def _norm(
     eps: float,
     backend: str,
 ) -> tuple[Any, Any, Any]:
-    run = _backend(backend, _check_norm, windows, x, y, gate, shift, scale).norm
+    run = _backend(backend, checks.norm, windows, x, y, gate, shift, scale).norm
     eps = float(eps)
     if not eps > 0:
         raise ValueError(f"eps must be positive; got {eps!r}")
@@ -208,7 +206,7 @@ def attention(
         TypeError, ValueError: naming the argument, what it got and what was expected.
         RuntimeError: the named backend cannot run here.
     """
-    run = _backend(backend, _check_attention, None, q, k, v, key_mask).attention
+    run = _backend(backend, checks.attention, None, q, k, v, key_mask).attention
     return run(q, k, v, key_mask, q.shape[-1] ** -0.5 if scale is None else _number(scale))
 
 
@@ -245,7 +243,7 @@ def window_attention(
         RuntimeError: the named backend cannot run here.
     """
     windows = window_grid(grid, window, shift)
-    run = _backend(backend, _check_window_attention, windows, q, k, v).window_attention
+    run = _backend(backend, checks.window_attention, windows, q, k, v).window_attention
     return run(q, k, v, windows, q.shape[-1] ** -0.5 if scale is None else _number(scale))
 
 
@@ -343,107 +341,6 @@ def _settle(
     check(windows, *tensors)
     inputs = [t for t in tensors if t is not None and t.is_floating_point()]
     return backends.load(backends.resolve(name, *inputs, windows=windows))
-
-
-def _check_window_mean(windows: WindowGrid, x: Tensor) -> None:
-    _check_tensors(3, "(B, N, C)", x=x)
-    _check_tokens(windows, x=x)
-
-
-def _check_attention(_: None, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}")
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(
-            f"q (B, N, H, D) and k (B, M, H, D) must agree in B, H and D; "
-            f"got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if key_mask is not None:
-        _check_key_mask(key_mask, k)
-
-
-def _check_window_attention(windows: WindowGrid, q: Tensor, k: Tensor, v: Tensor) -> None:
-    _check_tensors(4, "(B, N, H, D)", q=q, k=k, v=v)
-    if not q.shape == k.shape == v.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise ValueError(f"q, k and v must have one shape (B, N, H, D); got {shapes}")
-    _check_tokens(windows, q=q)
-
-
-def _check_tensors(ndim: int, shape: str, **tensors: Tensor) -> None:
-    _check_shapes(ndim, shape, **tensors)
-    _check_same(("dtype", "device"), **tensors)
-
-
-def _check_shapes(ndim: int, shape: str, **tensors: Tensor) -> None:
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(t).__name__}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {t.dtype}")
-        if t.ndim != ndim:
-            raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
-        if 0 in t.shape[1:]:
-            raise ValueError(f"{name} may be empty in its batch only; got {tuple(t.shape)}")
-
-
-def _check_same(attributes: Sequence[str], **tensors: Tensor) -> None:
-    for what in attributes:
-        if len({getattr(t, what) for t in tensors.values()}) > 1:
-            got = ", ".join(f"{name} {getattr(t, what)}" for name, t in tensors.items())
-            raise ValueError(f"{', '.join(tensors)} must have one {what}; got {got}")
-
-
-def _check_norm(
-    windows: WindowGrid | None,
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-) -> None:
-    """Under autocast the dtypes may differ."""
-    tokens = dict(x=x) if y is None else dict(x=x, y=y)
-    vectors = dict(gate=gate, shift=shift, scale=scale)
-    given = {name: t for name, t in vectors.items() if t is not None}
-    _check_shapes(3, "(B, N, C)", **tokens)
-    _check_shapes(2, "(B, C)", **given)
-    if y is not None and y.shape != x.shape:
-        raise ValueError(
-            f"x and y must have one shape (B, N, C); got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    expected = (x.shape[0], x.shape[2])
-    for name, t in given.items():
-        if t.shape != expected:
-            raise ValueError(f"{name} must have shape (B, C) = {expected}; got {tuple(t.shape)}")
-    if ("shift" in given) != ("scale" in given):
-        raise ValueError(f"shift and scale come together; got {', '.join(given)} only")
-    _check_same(("device",), **tokens, **given)
-    if autocast_dtype(x) is None:
-        _check_same(("dtype",), **tokens, **given)
-    if windows is not None:
-        _check_tokens(windows, x=x)
-
-
-def _check_tokens(windows: WindowGrid, **tensor: Tensor) -> None:
-    ((name, t),) = tensor.items()
-    if t.shape[1] != windows.num_tokens:
-        raise ValueError(
-            f"{name} has {t.shape[1]} tokens, but grid {windows.grid} has {windows.num_tokens}"
-        )
-
-
-def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise TypeError(f"key_mask must be a bool tensor (B, M), True = attend; got {got}")
-    if key_mask.shape != k.shape[:2]:
-        raise ValueError(
-            f"key_mask must have shape (B, M) = {tuple(k.shape[:2])}; got {tuple(key_mask.shape)}"
-        )
-    if key_mask.device != k.device:
-        raise ValueError(f"key_mask must be on {k.device}, where k is; got {key_mask.device}")
 
 
 def _number(scale: Any) -> float:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"memo", "context", "capture", "files", "command_line"},
     {"geometry"},
-    {"kernels"},
+    {"kernels", "checks"},
     {"backends"},
     {"ops"},
     {"layers"},
