@@ -32,6 +32,7 @@ def changed(**values):
 other = lambda config: [1, 2]
 beyond, word = changed(conditions=[0, 2]), changed(conditions=[0, "a"])
 label, none = changed(conditions=["a", 3], classes=[]), changed(conditions=["a", []], classes=[])
+empty = changed(conditions=[])
 small = changed(pixels=lambda i: torch.zeros(3, 8, 11, dtype=torch.uint8))
 floats = changed(pixels=lambda i: torch.zeros(3, 8, 12))
 arrays = changed(pixels=lambda i: numpy.zeros((3, 8, 12), numpy.uint8))
@@ -77,6 +78,7 @@ def test_a_function_of_your_own_gives_the_data(module):
         ("my_data:word", CLASSES, ValueError, r"labels of \['a', 'b'\]; number 1 is 'a'"),
         ("my_data:label", TEXT, ValueError, "must be captions; number 1 is 3"),
         ("my_data:none", TEXT, ValueError, r"must be captions; number 1 is \[\]"),
+        ("my_data:empty", CLASSES, ValueError, "returned no example"),
         ("my_data:small", CLASSES, ValueError,
          r"torch\.uint8 \(3, 8, 12\); those of example 0 are torch\.uint8 \(3, 8, 11\)"),
         ("my_data:floats", CLASSES, ValueError, r"example 0 are torch\.float32 \(3, 8, 12\)"),

@@ -47,8 +47,8 @@ def load(config: Config) -> Dataset:
         )
     data = SOURCES.get(source, own)(config)
     if not len(data):
-        reasons = "; ".join([f"{path} {why}" for path, why in data.skipped[:5]] + [*data.notes])
-        raise ValueError(f"none of {len(data.skipped)} files can be used: {reasons}, ...")
+        reasons = [f"{path} {why}" for path, why in data.skipped[:5]] + ["...", *data.notes]
+        raise ValueError(f"none of {len(data.skipped)} files can be used: {'; '.join(reasons)}")
     classes = config.model.num_classes
     if classes is not None and classes != len(data.classes):
         raise ValueError(

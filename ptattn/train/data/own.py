@@ -37,6 +37,8 @@ def own(config: Config) -> Dataset:
             f"data.source {source} must return a ptattn.train.data.Dataset; "
             f"got {type(data).__name__}"
         )
+    if not len(data):
+        raise ValueError(f"data.source {source} returned no example")
     wanted = "captions" if config.model.num_classes is None else f"labels of {data.classes}"
     for index, condition in enumerate(data.conditions):
         if not _fits(condition, data, config):
@@ -47,11 +49,10 @@ def own(config: Config) -> Dataset:
     checked = dataclasses.replace(
         data,
         # numpy's integers, too, are labels
-        conditions=[int(own) if isinstance(own, Integral) else own for own in data.conditions],
+        conditions=[int(one) if isinstance(one, Integral) else one for one in data.conditions],
         pixels=_checked(data.pixels, config),
     )
-    if len(data):
-        checked.pixels(0)  # what does not fit is best known before the run begins
+    checked.pixels(0)  # what does not fit is best known before the run begins
     return checked
 
 
