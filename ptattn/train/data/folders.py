@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -152,23 +153,28 @@ def _by_class(folder: Path, paths: Sequence[Path]) -> Files:
 
 def _by_caption(folder: Path, found: Walk, listing: Path, suffixes: frozenset[str]) -> Files:
     names, notes = captions.read(listing)
+    there = set(found.paths)
     known = {_plain(path.relative_to(folder).as_posix()): path for path in found.paths}
     texts: dict[Path, list[str]] = {}
     for name, own in names.items():
         path = folder / os.path.normpath(name)
-        if not path.exists():
+        if path not in there and not path.exists():
             path = known.get(_plain(name), path)
         texts.setdefault(path, []).extend(own)
+    missing = {path for path in texts if path not in there and not path.exists()}
     silent = [path for path in found.paths if _suffix(path) in suffixes and path not in texts]
     return Files(
-        {path: own[0] if len(own) == 1 else own
-         for path, own in sorted(texts.items()) if path.exists()},
+        {
+            path: own[0] if len(own) == 1 else own
+            for path, own in sorted(texts.items())
+            if path not in missing
+        },
         skipped=[(path, f"has no caption in {listing}") for path in silent]
-        + [(path, f"is in {listing}, but not there") for path in texts if not path.exists()],
+        + [(path, f"is in {listing}, but not there") for path in sorted(missing)],
         notes=notes,
-    )  # fmt: skip
+    )
 
 
 def _plain(name: str) -> str:
     """The same for a name as Linux, macOS (decomposed) and Windows (backslashes) write it."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
