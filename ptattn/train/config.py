@@ -26,12 +26,14 @@ class DataConfig:
     """Where examples come from.
 
     Args:
-        source: "mnist", "emoji", "clips", "views", or your own "images" and "videos".
+        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", or a function of
+            yours as "module:function" (`data.load`).
         size: height and width in pixels; pictures are scaled and cropped to it.
         frames: of a video or views around an object; 1 for images.
         folder: of your own images or videos.
-        captions: your own captions, JSON lines {"file_name": ..., "text": ...}; by default
-            metadata.jsonl in the folder. Without captions, subfolders are classes.
+        captions: your own captions, JSON lines {"file_name": ..., "text": ...}, one or several
+            for a file; by default metadata.jsonl in the folder. Without captions, subfolders are
+            classes.
         text_tokens: captions are cut to this many tokens.
         workers: processes that read files ahead; 0 reads between steps.
     """

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from sklearn.svm import SVC
 from torch import Tensor
 
 from .. import environment, files
@@ -27,6 +25,12 @@ from .loop import Record, train
 from .pictures import save_grid
 from .sampling import draw
 from .state import MODEL, STATE
+
+try:
+    from matplotlib.figure import Figure
+    from sklearn.svm import SVC
+except ImportError as error:
+    raise ImportError(f"{error}; it comes with: pip install ptattn[demo]") from error
 
 MINUTES = 6.0  # of training, for each model
 PER_DIGIT = 50

@@ -101,4 +101,5 @@ class Log:
             self._board.add_image("samples", np.array(sheet), step, dataformats="HWC")
 
     def note(self, text: str) -> None:
+        text = text.encode(errors="backslashreplace").decode()  # names of files may be any bytes
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

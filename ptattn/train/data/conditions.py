@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from .captions import repair
 from .dataset import need, package_folder
 
 CHANNELS = 256
+# No token is longer than 16 characters, and what lies four times as far changes none before it.
+CHARACTERS_PER_TOKEN = 4 * 16
 
 
 class Conditions:
@@ -22,6 +25,7 @@ class Conditions:
 
     Raises:
         ValueError: a text model for captions of another width.
+        ImportError: no WordLlama, where captions are wanted.
     """
 
     def __init__(self, config: Config) -> None:
@@ -31,13 +35,16 @@ class Conditions:
                 f"model.caption_channels must be {CHANNELS}, the width of the text encoder; "
                 f"got {config.model.caption_channels}"
             )
+        if self.classes is None:
+            package_folder("wordllama")  # to miss it before the first step
 
     def one(self, condition: int | str | None) -> dict[str, Tensor]:
         """Of one example, without batch; None is the null class or the empty caption."""
         if self.classes is not None:
             label = self.classes if condition is None else int(condition)
             return {"labels": torch.tensor(label)}
-        ids = _tokenizer().encode(condition or "").ids[: self.tokens]
+        text = repair(str(condition or "")[: CHARACTERS_PER_TOKEN * self.tokens])
+        ids = _tokenizer().encode(text).ids[: self.tokens]
         caption = torch.zeros(self.tokens, CHANNELS)
         caption[: len(ids)] = _embeddings()[ids]
         return {"caption": caption, "caption_mask": torch.arange(self.tokens) < len(ids)}

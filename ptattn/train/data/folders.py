@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import os
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import PngImagePlugin
 from torch import Tensor
 
 from ..config import Config
-from .dataset import Dataset, need
-from .pixels import IMAGES, UNREADABLE, VIDEOS, read_image, read_video
-
-CAPTIONS = "metadata.jsonl"
+from . import captions
+from .dataset import Condition, Dataset, need
+from .pixels import VIDEOS, UnusableError, image_suffixes, read_image, read_video
+from .walk import Walk, walk
 
 
 @dataclass
 class Files:
-    """Files with the label or caption of each, and those that cannot be used, with the reason."""
+    """Files with the condition of each, those that cannot be used, with the reason, and notes."""
 
-    conditions: dict[Path, int] | dict[Path, str]
+    conditions: dict[Path, Condition]
     classes: Sequence[str] = ()
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def images(config: Config) -> Dataset:
     """Each file is decoded once at the start, to find the corrupt ones, and again when used."""
-    files = find(config, IMAGES)
+    files = find(config, image_suffixes())
+    # A colour profile or text of more than 1 MB beside the pixels must not cost the picture.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
     def read(path: Path) -> Tensor:
         return read_image(path, config.model.in_channels, config.data.size)
@@ -37,8 +44,8 @@ def images(config: Config) -> Dataset:
     def problem(path: Path) -> str | None:
         try:
             read(path)
-        except UNREADABLE as error:
-            return str(error)
+        except UnusableError as error:
+            return error.reason
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -46,7 +53,7 @@ def images(config: Config) -> Dataset:
     files.skipped += [(path, text) for path, text in problems.items() if text is not None]
     usable = [path for path, text in problems.items() if text is None]
     conditions = [files.conditions[path] for path in usable]
-    return Dataset(conditions, lambda i: read(usable[i]), files.classes, files.skipped)
+    return Dataset(conditions, lambda i: read(usable[i]), files.classes, files.skipped, files.notes)
 
 
 def videos(config: Config) -> Dataset:
@@ -63,10 +70,11 @@ def clips(config: Config, files: Files) -> Dataset:
     for path, condition in files.conditions.items():
         try:
             clip = _decode(path, config)
-            if len(clip) < frames:
-                raise ValueError(f"has {len(clip)} frames; {frames} are needed")
-        except UNREADABLE as error:
-            files.skipped.append((path, str(error)))
+        except UnusableError as error:
+            files.skipped.append((path, error.reason))
+            continue
+        if len(clip) < frames:
+            files.skipped.append((path, f"has {len(clip)} frames; {frames} are needed"))
             continue
         own = [clip[i : i + frames] for i in range(0, len(clip) - frames + 1, max(1, frames // 2))]
         pieces += own
@@ -75,7 +83,7 @@ def clips(config: Config, files: Files) -> Dataset:
     def pixels(index: int) -> Tensor:
         return pieces[index].transpose(0, 1).reshape(config.shape)
 
-    return Dataset(conditions, pixels, files.classes, files.skipped)
+    return Dataset(conditions, pixels, files.classes, files.skipped, files.notes)
 
 
 def _decode(path: Path, config: Config) -> Tensor:
@@ -96,20 +104,39 @@ def _decode(path: Path, config: Config) -> Tensor:
 def find(config: Config, suffixes: frozenset[str]) -> Files:
     """The files of `data.folder`, by captions or by subfolders as the model is conditioned.
 
+    A file with a caption is taken whatever it is called; the others by their suffix.
+
     Raises:
-        ValueError: no folder, or no file of such a kind in it.
+        ValueError: no folder, no captions where the model needs them, or no file to use.
     """
+    source = config.data.source
     if config.data.folder is None:
-        raise ValueError(f"data.source {config.data.source} needs data.folder")
+        raise ValueError(f"data.source {source} needs data.folder")
     folder = Path(config.data.folder)
     if not folder.is_dir():
         raise ValueError(f"data.folder is no folder: {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise ValueError(f"data.folder {folder} holds no file in {' '.join(sorted(suffixes))}")
-    if config.model.num_classes is not None:
-        return _by_class(folder, paths)
-    return _by_caption(folder, paths, Path(config.data.captions or folder / CAPTIONS))
+    found = walk(folder)
+    listing = Path(config.data.captions or folder / captions.FILE)
+    if config.model.num_classes is None:
+        files = _by_caption(folder, found, listing, suffixes)
+    else:
+        files = _by_class(folder, [path for path in found.paths if _suffix(path) in suffixes])
+    files.skipped += found.skipped
+    other = Counter(
+        _suffix(path) or "without"
+        for path in found.paths
+        if _suffix(path) not in suffixes and path not in files.conditions and path != listing
+    )
+    if other:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(other.items()))
+        files.notes.append(f"left out for their suffix: {counts}")
+    if not files.conditions and not files.skipped:
+        raise ValueError("; ".join([f"data.folder {folder} holds no {source}", *files.notes]))
+    return files
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _by_class(folder: Path, paths: Sequence[Path]) -> Files:
@@ -124,31 +151,30 @@ def _by_class(folder: Path, paths: Sequence[Path]) -> Files:
     )  # fmt: skip
 
 
-def _by_caption(folder: Path, paths: Sequence[Path], listing: Path) -> Files:
-    captions = dict(_read_captions(folder, listing))
+def _by_caption(folder: Path, found: Walk, listing: Path, suffixes: frozenset[str]) -> Files:
+    names, notes = captions.read(listing)
+    there = set(found.paths)
+    known = {_plain(path.relative_to(folder).as_posix()): path for path in found.paths}
+    texts: dict[Path, list[str]] = {}
+    for name, own in names.items():
+        path = folder / os.path.normpath(name)
+        if path not in there and not path.exists():
+            path = known.get(_plain(name), path)
+        texts.setdefault(path, []).extend(own)
+    missing = {path for path in texts if path not in there and not path.exists()}
+    silent = [path for path in found.paths if _suffix(path) in suffixes and path not in texts]
     return Files(
-        {path: captions[path] for path in paths if path in captions},
-        skipped=[(path, f"has no caption in {listing}") for path in paths if path not in captions]
-        + [(path, f"is in {listing}, but not there") for path in captions if not path.exists()],
+        {
+            path: own[0] if len(own) == 1 else own
+            for path, own in sorted(texts.items())
+            if path not in missing
+        },
+        skipped=[(path, f"has no caption in {listing}") for path in silent]
+        + [(path, f"is in {listing}, but not there") for path in sorted(missing)],
+        notes=notes,
     )
 
 
-def _read_captions(folder: Path, listing: Path) -> Iterator[tuple[Path, str]]:
-    """Path and caption from lines {"file_name": ..., "text": ...}."""
-    try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the captions of {folder}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError):
-            name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(
-                f'{listing}, line {number}: expected {{"file_name": ..., "text": ...}}; got {line}'
-            )
-        yield folder / name, text
+def _plain(name: str) -> str:
+    """The same for a name as Linux, macOS (decomposed) and Windows (backslashes) write it."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))

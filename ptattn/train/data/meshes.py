@@ -41,7 +41,7 @@ def views(config: Config) -> Dataset:
 
 def _render(name: str, elevation: float, config: Config) -> list[np.ndarray]:
     """One turn around a white mesh: uint8 (H, W, 4), its last channel the opacity."""
-    pyvista = need("pyvista")
+    pyvista = need("pyvista", "demo")
     pyvista.vtk_verbosity("off")  # it would report that there is no screen
     mesh = pyvista.read(package_folder("pyvista") / f"examples/{name}.ply")
     mesh = mesh.translate(-np.array(mesh.center)).rotate_x(MESHES[name], point=(0, 0, 0))

@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from .dataset import need
 
-IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-VIDEOS = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
-# What Pillow raises on files that are not what their name says, or are cut short.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+VIDEOS = frozenset(
+    {".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"}
+    | {".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
+)
+UPRIGHT = {  # by the orientation in EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnusableError(ValueError):
+    """A file that cannot be used; `reason` says why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
+
+
+def image_suffixes() -> frozenset[str]:
+    """Of the formats that Pillow opens."""
+    registered = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in registered if name in Image.OPEN)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within it, whatever a reader raises becomes `UnusableError`: on a broken file that is any."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("is no file")
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if not reason or not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"  # a slip of the reader says little else
+        raise UnusableError(path, reason) from error
 
 
 def read_image(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
-    """uint8 (channels, H, W) of a file, upright; raises one of `UNREADABLE`."""
-    with Image.open(path) as image:
-        return fit(ImageOps.exif_transpose(image), channels, size)
+    """uint8 (channels, H, W) of a file, upright; raises UnusableError."""
+    with reading(path), Image.open(path) as image:
+        # Not ImageOps.exif_transpose, which writes EXIF anew and fails where that is broken.
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return fit(image if turn is None else image.transpose(turn), channels, size)
 
 
 def fit(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
@@ -41,17 +81,19 @@ def fit(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def read_video(path: Path, channels: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """The frames of a file, as `fit` gives them.
+    """The frames of a file, upright, as `fit` gives them.
 
     Raises:
         ImportError: no PyAV.
-        ValueError: a file that it cannot decode.
+        UnusableError: a file that it cannot decode.
     """
     av = need("av")
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                upright = frame.to_image().rotate(frame.rotation, expand=True)
-                yield fit(upright, channels, size)
-    except (av.error.FFmpegError, IndexError) as error:  # IndexError: no video in it
-        raise ValueError(f"cannot be decoded: {error}") from error
+    cover = av.stream.Disposition.attached_pic
+    # Titles and the like may be in any encoding; nobody reads them here.
+    with reading(path), av.open(str(path), metadata_errors="ignore") as container:
+        moving = [own for own in container.streams.video if not own.disposition & cover]
+        if not moving:
+            raise ValueError("holds no video")
+        for frame in container.decode(moving[0]):
+            upright = frame.to_image().rotate(frame.rotation, expand=True)
+            yield fit(upright, channels, size)

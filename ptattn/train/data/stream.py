@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from .conditions import Conditions
-from .dataset import Dataset
+from .dataset import Condition, Dataset
 
-ORDER, EXAMPLE, PICTURE = range(3)  # what random numbers are for
+ORDER, EXAMPLE, PICTURE, CAPTION = range(4)  # what random numbers are for
 
 
 def generator(*key: int) -> torch.Generator:
@@ -48,8 +48,17 @@ class Stream(torch.utils.data.Dataset[dict[str, Tensor]]):
             "pixels": self.data.pixels(index),
             "noise": torch.randn(config.shape, generator=random),
             "timestep": config.flow.timesteps(1, config.noise_shift, random)[0],
-            **self.conditions.one(None if drop else self.data.conditions[index]),
+            **self.conditions.one(
+                None if drop else self._one(self.data.conditions[index], position)
+            ),
         }
+
+    def _one(self, condition: Condition, position: int) -> int | str:
+        """The label, or one of the captions."""
+        if isinstance(condition, int | str):
+            return condition
+        random = generator(self.config.seed, CAPTION, position)
+        return condition[int(torch.randint(len(condition), (), generator=random))]
 
 
 def batches(
