@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class TextCondition(nn.Module):
 
     def text(self, caption: Tensor) -> Tensor:
         """(B, T, caption_channels) -> (B, T, D)."""
-        check_like_weights("caption", caption, cast(nn.Module, self.caption[0]))
+        check_like_weights("caption", caption, self.caption[0])
         return self.caption(caption)
 
     def _check_prepared(
