@@ -27,6 +27,11 @@ def _triple(name: str, value: Sequence[int], fill: int, lowest: int) -> Triple:
     # bool is an int to Python, but a grid of True is a mistake; SymInt is torch.compile's int.
     ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (2, 3)
     if not ok or any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) for v in value):
+        if ok and any(isinstance(v, torch.Tensor) for v in value):
+            raise ValueError(
+                f"{name} must be integers; got tensors, which torch.jit.trace makes of sizes: "
+                f"use torch.export.export or torch.compile"
+            )
         raise ValueError(f"{name} must be 2 or 3 integers, (h, w) or (f, h, w); got {value!r}")
     if any(v < lowest for v in value):
         raise ValueError(f"{name} must have every entry >= {lowest}; got {tuple(value)}")

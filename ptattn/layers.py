@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, ops
+from .context import autocast_dtype
 from .geometry import WindowGrid
 
 NORM_EPS = 1e-6
@@ -345,6 +346,20 @@ def has_hooks(module: nn.Module) -> bool:
     and what brings offloaded ones."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
+
+
+def check_like_weights(name: str, x: Tensor, layer: nn.Module) -> None:
+    """Raise ValueError unless a layer can take x: of its weights' dtype, but for autocast, and on
+    their device. Layers whose weights are not theirs alone, quantized or hooked, are not asked."""
+    weight: Any = layer.weight
+    if type(weight) is not nn.Parameter or has_hooks(layer):
+        return
+    for what in ("device", "dtype"):
+        got, wanted = getattr(x, what), getattr(weight, what)
+        cast = what == "dtype" and x.dtype != torch.float64 and autocast_dtype(x) is not None
+        if got != wanted and not (cast and x.is_floating_point()):
+            advice = "" if what == "device" else ", or use torch.autocast"
+            raise ValueError(f"{name} must be {wanted}, as the weights are{advice}; got {got}")
 
 
 def _check_windows(windows: Any) -> None:

@@ -194,8 +194,9 @@ def attention(
     Args:
         q: (B, N, H, D) queries.
         k, v: (B, M, H, D) keys and values.
-        key_mask: (B, M) bool, True where a key may be attended to. A sample with no such key gives
-            zeros, and zero gradients.
+        key_mask: (B, M) bool, True where a key may be attended to. Other keys and their values
+            take no part whatever they hold, NaN too, and get zero gradients. A sample with no key
+            that may be attended to gives zeros, and zero gradients.
         scale: factor on the scores; D^-0.5 by default.
         backend: "auto", "reference", "sdpa" or "triton".
 

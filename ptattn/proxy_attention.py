@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .geometry import WindowGrid, window_grid
-from .layers import GlobalInteraction, Residual, TextureComplement
+from .layers import GlobalInteraction, Residual, TextureComplement, check_like_weights
 
 
 class ProxyAttention(nn.Module):
@@ -96,6 +96,7 @@ class ProxyAttention(nn.Module):
                 f"x must have shape (B, N, {self.dim}), (B, h, w, {self.dim}) or "
                 f"(B, f, h, w, {self.dim}); got {tuple(x.shape)}"
             )
+        check_like_weights("x", x, self.texture_complement.window_attn.qkv)
         grid, tokens, backend = self._grid_of(x, grid), x.flatten(1, -2), self.backend
         proxies, windows = window_grid(grid, self.proxy_window), window_grid(grid, self.window)
         if self.prenormed:

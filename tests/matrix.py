@@ -1,8 +1,9 @@
 """The tests of what torch and Triton decide, on one torch after the other: `make torch-matrix`.
 
-Each torch is installed as pip gives it, with the triton it brings, into an environment of its own
-in the temporary folder (TMPDIR): 6 GB, deleted before the next. Where there is a GPU, the tests of
-the kernels within torch run on it too. Exit status 1 if a torch does not install or a test fails.
+Each torch is installed as pip gives it, with the triton it brings and the torchvision that fits it,
+which timm takes, into an environment of its own in the temporary folder (TMPDIR): 6 GB, deleted
+before the next. Where there is a GPU, the tests of the kernels within torch run on it too. Exit
+status 1 if a torch does not install or a test fails.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TESTS = (
     "tests/test_compile.py",
     "tests/test_layers.py",
     "tests/test_replace.py",
+    "tests/test_timm.py",
     "tests/backends",
     "tests/models",
     "tests/kernels",
@@ -66,7 +68,8 @@ def run(version: str) -> Row:
         venv.create(home, with_pip=True)
         python = Path(home, "bin", "python")
         install = [python, "-m", "pip", "install", "-q", "--no-cache-dir"]
-        if subprocess.run([*install, f"torch=={version}", "-e", ".[matrix]"], cwd=ROOT).returncode:
+        wanted = (f"torch=={version}", "torchvision", "-e", ".[matrix]")
+        if subprocess.run([*install, *wanted], cwd=ROOT).returncode:
             return Row(version, "", Counter(failed=1), time.monotonic() - start)
         query = "import torch, triton; print(torch.__version__, triton.__version__)"
         versions = subprocess.check_output([python, "-c", query], text=True).split()

@@ -49,6 +49,8 @@ def norm(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v over the keys where `key_mask` is True; zeros where there is none."""
+    if key_mask is not None:  # what takes no part may hold anything: a weight of zero keeps NaN
+        k, v = (torch.where(key_mask[..., None, None], t, 0) for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("bnhd,bmhd->bhnm", _exact(q), _exact(k)) * scale
         if key_mask is None:

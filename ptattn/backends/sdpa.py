@@ -47,9 +47,10 @@ def norm(
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     if key_mask is None:
         return _sdpa(q, k, v, scale).contiguous()
-    # Softmax over nothing is NaN: a sample without a key attends to all of them, made zero.
+    # What takes no part may hold anything, also NaN, which a weight of zero does not remove.
+    k, v = (torch.where(key_mask[..., None, None], t, 0) for t in (k, v))
+    # Softmax over nothing is NaN: a sample without a key attends to all of them, which are zero.
     has_key = key_mask.any(dim=1)[:, None]
-    k, v = (torch.where(has_key[..., None, None], t, 0) for t in (k, v))
     return _sdpa(q, k, v, scale, (key_mask | ~has_key)[:, None, None, :]).contiguous()
 
 

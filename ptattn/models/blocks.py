@@ -16,9 +16,17 @@ from torch.utils.checkpoint import (
 )
 
 from ..geometry import Triple, WindowGrid
-from ..layers import CrossAttention, Modulation, Residual, ZeroLinear, has_hooks
+from ..layers import (
+    CrossAttention,
+    Modulation,
+    Residual,
+    ZeroLinear,
+    check_like_weights,
+    has_hooks,
+)
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
+from .inputs import check_caption
 from .position import position_embedding
 
 
@@ -27,24 +35,17 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.channels, self.patch_size = config.in_channels, config.patch_size
+        self.patch_size = config.patch_size
         self.position_scale = max(config.sample_size // 64, 1)
         self.proj = nn.Conv2d(config.in_channels, config.dim, config.patch_size, config.patch_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Triple]:
         """(B, C, F, H, W) or (B, C, H, W) -> (B, N, D) tokens and their grid (f, h, w)."""
-        p = self.patch_size
-        if latents.ndim not in (4, 5) or latents.shape[1] != self.channels:
-            raise ValueError(
-                f"latents must have shape (B, {self.channels}, F, H, W) or "
-                f"(B, {self.channels}, H, W); got {tuple(latents.shape)}"
-            )
-        if latents.shape[-2] % p or latents.shape[-1] % p:
-            raise ValueError(f"latents need H and W divisible by {p}; got {tuple(latents.shape)}")
+        check_like_weights("latents", latents, self.proj)
         if latents.ndim == 4:
             latents = latents.unsqueeze(2)
         b, _, f, h, w = latents.shape
-        grid = (f, h // p, w // p)
+        grid = (f, h // self.patch_size, w // self.patch_size)
         x = self.proj(latents.transpose(1, 2).flatten(0, 1))  # (B·F, D, h, w)
         x = x.unflatten(0, (b, f)).flatten(3).transpose(2, 3).flatten(1, 2)
         x = x.to(self.proj.weight.dtype)  # under autocast the residual stream stays wide
@@ -194,6 +195,7 @@ class Output(nn.Module):
 class Captioned:
     """What the text models have for sampling runs, whose steps share their captions."""
 
+    config: ModelConfig
     condition: nn.Module
     blocks: Blocks
 
@@ -219,10 +221,10 @@ class Captioned:
 
         Args:
             caption: (B, T, caption_channels).
-            caption_mask: (B, T) bool, True at real tokens; None means all.
+            caption_mask: (B, T) bool or a tokenizer's integers; None means all.
 
         Raises:
-            ValueError: another shape.
+            TypeError, ValueError: as `forward`.
             RuntimeError: a model for classes, or with weights sharded or offloaded block by block.
 
         Example:
@@ -234,11 +236,7 @@ class Captioned:
                 "prepare_caption needs a text model whose weights are at hand outside of its "
                 "forward: neither sharded nor offloaded block by block, nor wrapped or hooked there"
             )
-        if caption_mask is not None and caption_mask.shape != caption.shape[:2]:
-            raise ValueError(
-                f"caption_mask must have shape (B, T) = {tuple(caption.shape[:2])}; "
-                f"got {tuple(caption_mask.shape)}"
-            )
+        caption_mask = check_caption(self.config, caption, caption_mask)
         hook: Any = getattr(self, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(self)  # brings them

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import KeysValues
+from ..context import observed
+from ..layers import KeysValues, check_like_weights
 from .configs import ModelConfig
 
 
@@ -59,11 +60,10 @@ class TextCondition(nn.Module):
         super().__init__()
         d = config.dim
         self.depth, self.dim = config.depth, d
-        self.caption_channels = config.caption_channels or 0
         self.timestep = TimestepEmbed(d)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.caption = nn.Sequential(
-            nn.Linear(self.caption_channels, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)
+            nn.Linear(config.caption_channels or 0, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)
         )
 
     def forward(
@@ -81,18 +81,13 @@ class TextCondition(nn.Module):
             self._check_prepared(caption, caption_mask, timestep)
             text, caption_mask = caption, caption.mask
         else:
-            _check_timestep(timestep, caption.shape[0])
             text = self.text(caption)
         embedding = self.timestep(timestep)
         return Condition(embedding, self.modulation(embedding), text, caption_mask)
 
     def text(self, caption: Tensor) -> Tensor:
         """(B, T, caption_channels) -> (B, T, D)."""
-        if caption.ndim != 3 or caption.shape[-1] != self.caption_channels:
-            raise ValueError(
-                f"caption must have shape (B, T, {self.caption_channels}); "
-                f"got {tuple(caption.shape)}"
-            )
+        check_like_weights("caption", caption, self.caption[0])
         return self.caption(caption)
 
     def _check_prepared(
@@ -129,16 +124,22 @@ class ClassCondition(nn.Module):
         caption_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Condition:
-        """labels (B,) int64 in [0, num_classes]; num_classes itself is the null class."""
+        """labels (B,) in [0, num_classes]; num_classes itself is the null class."""
         if labels is None or caption is not None or caption_mask is not None:
             raise ValueError("this model is conditioned on classes: give labels, and no caption")
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 (B,); got {labels.dtype} {tuple(labels.shape)}")
-        _check_timestep(timestep, labels.shape[0])
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
+        self._check_range(labels)
         embedding = self.timestep(timestep) + self.label(labels)
         return Condition(embedding, F.silu(embedding))
 
-
-def _check_timestep(timestep: Tensor, batch: int) -> None:
-    if timestep.shape != (batch,):
-        raise ValueError(f"timestep must have shape ({batch},); got {tuple(timestep.shape)}")
+    def _check_range(self, labels: Tensor) -> None:
+        """Where values are at hand without waiting for a device."""
+        if labels.device.type != "cpu" or observed(labels) or not labels.numel():
+            return
+        low, high = labels.aminmax()
+        if low < 0 or high >= self.label.num_embeddings:
+            raise ValueError(
+                f"labels must be in [0, {self.label.num_embeddings - 1}], the last for no class; "
+                f"got {int(low)} to {int(high)}"
+            )

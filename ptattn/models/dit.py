@@ -15,6 +15,7 @@ from .blocks import (
 )
 from .condition import ClassCondition, Condition
 from .configs import ModelConfig
+from .inputs import check_inputs
 
 
 class DiTBlock(nn.Module):
@@ -65,8 +66,9 @@ class DiT(nn.Module):
             (B, 8, F, H, W) or (B, 8, H, W).
 
         Raises:
-            ValueError: a shape other than these.
+            TypeError, ValueError: naming the argument, what it got and what was expected.
         """
+        check_inputs(self.config, latents, timestep, labels=labels)
         condition = self.condition(timestep, labels=labels)
         x, grid = self.patch_embed(latents)
         stream = self.blocks(Residual(x), condition)

@@ -16,6 +16,7 @@ from .blocks import (
 )
 from .condition import Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
+from .inputs import check_inputs
 
 
 class PixArtBlock(nn.Module):
@@ -71,14 +72,16 @@ class PixArt(Captioned, nn.Module):
             latents: (B, 4, F, H, W) for video or (B, 4, H, W), H and W multiples of the patch size.
             timestep: (B,), 0 to 1000, one per sample.
             caption: (B, T, caption_channels), or what `prepare_caption` made of it and its mask.
-            caption_mask: (B, T) bool, True at real tokens; None means all.
+            caption_mask: (B, T) bool or a tokenizer's integers, True or 1 at real tokens; None
+                means all.
 
         Returns:
             (B, 8, F, H, W) or (B, 8, H, W).
 
         Raises:
-            ValueError: a shape other than these.
+            TypeError, ValueError: naming the argument, what it got and what was expected.
         """
+        caption_mask = check_inputs(self.config, latents, timestep, caption, caption_mask)
         condition = self.condition(timestep, caption, caption_mask)
         x, grid = self.patch_embed(latents)
         stream = self.blocks(Residual(x), condition)

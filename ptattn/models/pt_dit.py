@@ -21,6 +21,7 @@ from .blocks import (
 )
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import ModelConfig
+from .inputs import check_inputs
 
 
 class PTDiTBlock(nn.Module):
@@ -110,15 +111,17 @@ class PTDiT(Captioned, nn.Module):
             timestep: (B,), 0 to 1000, one per sample.
             caption: (B, T, caption_channels), or what `prepare_caption` made of it and its mask;
                 for text models.
-            caption_mask: (B, T) bool, True at real tokens; None means all.
-            labels: (B,) int64, for class models.
+            caption_mask: (B, T) bool or a tokenizer's integers, True or 1 at real tokens; None
+                means all.
+            labels: (B,) int64 in [0, num_classes], the last for no class; for class models.
 
         Returns:
             (B, 8, F, H, W) or (B, 8, H, W): 4 channels of prediction, then 4 of sigma.
 
         Raises:
-            ValueError: a shape other than these, or a condition of the other kind.
+            TypeError, ValueError: naming the argument; a condition of the other kind.
         """
+        caption_mask = check_inputs(self.config, latents, timestep, caption, caption_mask, labels)
         condition = self.condition(timestep, caption, caption_mask, labels)
         x, grid = self.patch_embed(latents)
         proxies, windows = self.config.window_grids(grid)

@@ -13,7 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ptattn
 from tests.support.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
-from tests.support.checks import SUBSETS, dense, each, hold, key_mask, means, windows
+from tests.support.checks import (
+    SUBSETS,
+    check_masked_keys,
+    dense,
+    each,
+    hold,
+    key_mask,
+    means,
+    windows,
+)
 from tests.support.tolerance import redrawn_once
 
 # Queries and keys; 63 and 111 divide nothing.
@@ -136,6 +145,14 @@ def test_no_key_at_all(dtype):
     for name, t in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True):
         assert t[0].eq(0).all(), name
         assert t[1].ne(0).any(), name
+
+
+@each("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_masked_keys_may_hold_anything(bad, backend, dtype):
+    """A text encoder's padding did, in half precision: 0 · NaN is NaN."""
+    check_masked_keys(backend, 9, dtype, bad)
 
 
 @each("dtype", DTYPES)

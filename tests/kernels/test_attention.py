@@ -14,7 +14,16 @@ import torch
 import ptattn
 from ptattn.kernels import host, window
 from tests.support.cases import DTYPES, EXACT, GRIDS, HALF, HEAD_DIMS, LAYOUTS, normal
-from tests.support.checks import SUBSETS, dense, each, hold, key_mask, means, windows
+from tests.support.checks import (
+    SUBSETS,
+    check_masked_keys,
+    dense,
+    each,
+    hold,
+    key_mask,
+    means,
+    windows,
+)
 
 check_windows = partial(hold, "triton", windows)
 check_dense = partial(hold, "triton", dense)
@@ -220,6 +229,13 @@ def test_no_key_at_all(keys, dtype):
         assert t[0].eq(0).all(), name
         assert t[1].isfinite().all(), name
         assert t[1].ne(0).any(), name
+
+
+@each("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [9, 140])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_masked_keys_may_hold_anything(bad, keys, dtype):
+    check_masked_keys("triton", keys, dtype, bad)
 
 
 @each("dtype", DTYPES)

@@ -96,10 +96,20 @@ def test_no_resolution_past_the_second_compiles():
 def test_exports_with_any_batch(name):
     model = tiny(name).eval()
     inputs = batch_for(model, 6, 10)
-    batch = {key: {0: torch.export.Dim("batch", min=2)} for key in inputs}
-    exported = torch.export.export(model, (), inputs, dynamic_shapes=batch).module()
+    sizes = {key: {0: torch.export.Dim("batch", min=2)} for key in inputs}
+    for key in inputs.keys() & {"caption", "caption_mask"}:
+        sizes[key][1] = torch.export.Dim("tokens", min=2)
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=sizes).module()
     more = batch_for(model, 6, 10, batch=3)
+    for key in inputs.keys() & {"caption", "caption_mask"}:
+        more[key] = torch.cat([more[key], more[key][:, :2]], dim=1)
     torch.testing.assert_close(exported(**more), model(**more))
+
+
+def test_tracing_says_what_to_use():
+    model = tiny("pt-dit-xl")
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace makes of sizes: use"):
+        torch.jit.trace(model, tuple(batch_for(model, 6, 10).values()))
 
 
 # Autocast.

@@ -115,6 +115,26 @@ def key_mask(batch, keys):
     return mask
 
 
+def check_masked_keys(backend, keys, dtype, bad):
+    """What masked keys and values hold changes no bit of output and gradients, and theirs are 0."""
+    q, k, v = (normal((3, n, 2, 16), dtype) for n in (5, keys, keys))
+    mask, grad_out = key_mask(3, keys), normal(q.shape, dtype)
+
+    def run(fill):
+        held = [t.masked_fill(~mask[..., None, None], fill) for t in (k, v)]
+        inputs = [t.requires_grad_() for t in (q.clone(), *held)]
+        out = ptattn.attention(*inputs, key_mask=mask, backend=backend)
+        grads = torch.autograd.grad(out, inputs, grad_out)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+
+    clean, held = run(0.0), run(bad)
+    for name, t in held.items():
+        assert torch.equal(t, clean[name]), name
+    for name in ("dk", "dv"):
+        assert held[name][~mask].eq(0).all(), name
+        assert held[name][mask].ne(0).any(), name
+
+
 def means(
     case="ragged-shifted",
     dtype=torch.float32,
