@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 from ..geometry import Triple, WindowGrid
 from ..layers import CrossAttention, Modulation, Residual, ZeroLinear, has_hooks
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
-from .configs import ModelConfig
+from .configs import Configured, ModelConfig
 from .position import position_embedding
 
 
@@ -191,7 +191,7 @@ class Output(nn.Module):
         return rearrange(self.proj(x), cut, f=f, h=h, w=w, p=p, q=p)
 
 
-class Captioned:
+class Captioned(Configured):
     """What the text models have for sampling runs, whose steps share their captions."""
 
     condition: nn.Module

@@ -51,7 +51,7 @@ class PixArt(Captioned, nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.model_config = config
         self.patch_embed = PatchEmbed(config)
         self.condition = TextCondition(config)
         self.blocks = Blocks(PixArtBlock(config, backend=backend) for _ in range(config.depth))
