@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -69,7 +69,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ("tokenizer", "text_encoder")
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def __init__(

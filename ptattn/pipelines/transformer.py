@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
@@ -44,9 +44,11 @@ class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin, PeftAdapterMixin):
     )
 
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ("PTDiTBlock",)
-    # Each has parameters of its own beside its layers, and reads them on the layers' device.
-    _no_split_modules = ("PTDiTBlock", "PatchEmbed", "TextCondition", "ClassCondition", "Output")
+    _repeated_blocks: ClassVar[list[str]] = ["PTDiTBlock"]
+    # What reads parameters of its own, or of a layer before its hooks have run, beside its layers.
+    _no_split_modules: ClassVar[list[str]] = [
+        *("PTDiTBlock", "PatchEmbed", "TextCondition", "ClassCondition", "Output")
+    ]
     # These read a layer's dtype before its hooks have run.
     _skip_layerwise_casting_patterns = ("patch_embed", "condition.timestep")
 

@@ -126,16 +126,26 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
 # Compiled, quantized and offloaded.
 
 
-def test_repeated_blocks_are_compiled_once(inputs):
+def test_blocks_are_what_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    model = transformer(depth=3)
+    model.compile_repeated_blocks(fullgraph=True)
+    assert compiled == list(model.blocks)
+
+
+@pytest.mark.long
+def test_compiled_blocks_are_two_graphs(inputs):
+    """Whatever the depth: the first one's stream has no branch to add."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
-    model, counter = transformer(depth=3), CompileCounterWithBackend("eager")
+    model, counter = transformer(depth=4), CompileCounterWithBackend("eager")
     with torch.no_grad():
         expected = model(*inputs)
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
         assert_close(model(*inputs), expected)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2
 
 
 def test_quantized_weights_are_made_saved_and_read(tmp_path, inputs):
