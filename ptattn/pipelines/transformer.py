@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 
+from .. import backends
 from ..models import ModelConfig, PTDiT
 
 
@@ -51,6 +52,24 @@ class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin, PeftAdapterMixin):
     ]
     # These read a layer's dtype before its hooks have run.
     _skip_layerwise_casting_patterns = ("patch_embed", "condition.timestep")
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose what every attention runs on, by this package's names, not diffusers'.
+
+        Args:
+            backend: "auto", "reference", "sdpa" or "triton".
+
+        Raises:
+            ValueError: another name.
+        """
+        backends.check(backend)
+        for module in self.modules():
+            if "backend" in vars(module):
+                module.backend = backend  # type: ignore[assignment]
+
+    def reset_attention_backend(self) -> None:
+        """Back to "auto"."""
+        self.set_attention_backend("auto")
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: None = None) -> None:
         """`blocks.checkpoint()` by diffusers' name; it takes no function of another kind."""

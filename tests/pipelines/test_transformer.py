@@ -126,6 +126,18 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
 # Compiled, quantized and offloaded.
 
 
+def test_the_backend_is_chosen_by_diffusers_name():
+    """Its own did nothing, and said nothing: it looks for attention layers of diffusers."""
+    model = transformer()
+    model.set_attention_backend("reference")
+    chosen = {module.backend for module in model.modules() if hasattr(module, "backend")}
+    assert chosen == {"reference"}
+    with pytest.raises(ValueError, match="reference, sdpa, triton, auto; got 'flash'"):
+        model.set_attention_backend("flash")
+    model.reset_attention_backend()
+    assert model.blocks[0].text_attn.backend == model.output.backend == "auto"
+
+
 def test_blocks_are_what_is_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
