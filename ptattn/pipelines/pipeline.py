@@ -272,8 +272,8 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
 
         Args:
             do_classifier_free_guidance: whether to make the negative ones.
-            device: by default the one that the models run on.
-            others: as in a call.
+            device: of the result; by default the one that the models run on.
+            prompt and the rest: as in a call.
 
         Returns:
             prompt_embeds (B, T, C), prompt_attention_mask (B, T) bool, and both of the negative
@@ -283,21 +283,22 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         negatives: Any = negative_prompt_embeds, negative_prompt_attention_mask
         channels = self.transformer.config.caption_channels
         count = check_prompts(channels, prompt, negative_prompt, *given, *negatives)
-        device = device or self._execution_device
-        encode = partial(encode_texts, self.tokenizer, self.text_encoder)
+        running = self._execution_device
+        encode = partial(encode_texts, self.tokenizer, self.text_encoder, running)
+        place = device or running
 
         def ready(embeds: Tensor, mask: Tensor) -> Any:
-            both = embeds.to(device, self.transformer.dtype), mask.to(device, torch.bool)
+            both = embeds.to(place, self.transformer.dtype), mask.to(place, torch.bool)
             return [t.repeat_interleave(num_images_per_prompt, 0) for t in both]
 
         if prompt_embeds is None:
             texts = as_texts("prompt", prompt)
-            given = encode("prompt", texts, max_sequence_length, device)
+            given = encode("prompt", texts, max_sequence_length)
         if not do_classifier_free_guidance:
             return *ready(*given), None, None
         if negative_prompt_embeds is None:
             texts, length = as_negatives(negative_prompt, count), given[0].shape[1]
-            negatives = encode("negative_prompt", texts, length, device)
+            negatives = encode("negative_prompt", texts, length)
         return *ready(*given), *ready(*negatives)
 
     @contextmanager

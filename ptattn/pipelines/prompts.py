@@ -93,10 +93,10 @@ def _check_one(
 def encode_texts(
     tokenizer: Any,
     text_encoder: Any,
+    device: torch.device,
     name: str,
     texts: list[str],
     length: int,
-    device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
     """The embeddings of texts cut or padded to `length` tokens, (B, T, C), and their mask (B, T).
 

@@ -28,9 +28,8 @@ class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin, PeftAdapterMixin):
         >>> model = PTDiTTransformer.from_pretrained("folder", dtype=torch.bfloat16)
     """
 
-    config = (
-        ConfigMixin.config
-    )  # the fields of `model_config`, and what diffusers notes beside them
+    # The fields of `model_config`, and what diffusers notes beside them.
+    config = ConfigMixin.config
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__(ModelConfig(**sizes))
