@@ -53,7 +53,7 @@ setup(
     extras_require={
         "bench": BENCH,
         "hub": HUB,
-        "t2x": ["diffusers", "transformers", "accelerate", *HUB],
+        "t2x": ["diffusers>=0.40", "transformers", "accelerate", *HUB],
         "train": TRAIN,
         "demo": DEMO,
         "test": [

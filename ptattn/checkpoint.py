@@ -82,6 +82,12 @@ _CONFIG_UNUSED = {
     *("norm_num_groups", "num_embeds_ada_norm", "upcast_attention"),
 }
 
+# What diffusers' EMAModel writes into the configuration of averaged weights.
+_EMA_NUMBERS = {
+    *("decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
+    "optimization_step",
+}
+
 
 def save_model(model: Model, folder: str | Path) -> None:
     """Write a model to a folder: config.json and diffusion_pytorch_model.safetensors.
@@ -98,7 +104,7 @@ def save_model(model: Model, folder: str | Path) -> None:
         raise TypeError(f"model must be a {', '.join(_CLASSES)}; got {type(model).__name__}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": names[0], **dataclasses.asdict(model.config)}
+    config = {"_class_name": names[0], **dataclasses.asdict(model.model_config)}
     files.write_tensors(model.state_dict(), folder / WEIGHTS_FILE)
     files.write_json(config, folder / CONFIG_FILE)
 
@@ -158,9 +164,9 @@ def to_official(model: PTDiT) -> dict[str, Tensor]:
         ValueError: a class-conditional model, which the release has no layout for, or one with
             other tensors than its own, such as LoRA's.
     """
-    if model.config.num_classes is not None:
+    if model.model_config.num_classes is not None:
         raise ValueError("the released layout is for text models; got a class-conditional one")
-    stacks = list(_stacks(model.config.depth))
+    stacks = list(_stacks(model.model_config.depth))
     unknown = set(model.state_dict()) - {name for name, _ in stacks}
     _refuse("the released layout has no place for adapters: merge them first", unknown=unknown)
     theirs: dict[str, Tensor] = {}
@@ -210,7 +216,7 @@ def _from_official(
         model = PTDiT(_model_config(config), backend=backend)
     _check_tensors(state_dict, to_official(model), where)
     own = {}
-    for name, parts in _stacks(model.config.depth):
+    for name, parts in _stacks(model.model_config.depth):
         stacked = torch.cat([state_dict[part] for part in parts])
         own[name] = stacked.reshape(model.get_parameter(name).shape)
     model.load_state_dict(own, assign=True)
@@ -272,7 +278,7 @@ def _own_config(path: Path) -> tuple[type[Model], ModelConfig]:
     given: dict[str, Any] = {  # what begins with _ is diffusers' own
         key: tuple(value) if isinstance(value, list) else value
         for key, value in content.items()
-        if not key.startswith("_")
+        if not key.startswith("_") and key not in _EMA_NUMBERS
     }
     known = dataclasses.fields(ModelConfig)
     needed = {field.name for field in known if field.default is dataclasses.MISSING}

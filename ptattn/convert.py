@@ -68,7 +68,7 @@ def _to_file(source: Path, target: Path) -> PTDiT:
         raise ValueError(f"{source} holds a {type(model).__name__}; the released model is a PTDiT")
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save_official(model, target)
-    files.write_json(checkpoint.official_config(model.config), beside)
+    files.write_json(checkpoint.official_config(model.model_config), beside)
     return model
 
 
@@ -85,7 +85,7 @@ def _released_config(source: Path, path: Path | None) -> dict[str, Any]:
 
 
 def _summary(model: PTDiT) -> str:
-    config, weights = model.config, list(model.parameters())
+    config, weights = model.model_config, list(model.parameters())
     window = "by resolution" if config.window is None else tuple(config.window)
     count = sum(parameter.numel() for parameter in weights)
     dtype = str(weights[0].dtype).removeprefix("torch.")

@@ -242,7 +242,7 @@ def _as_printed(
 
 def _find(model: str | nn.Module) -> tuple[type[Model], ModelConfig]:
     if isinstance(model, PTDiT | DiT | PixArt):
-        return type(model), model.config
+        return type(model), model.model_config
     if isinstance(model, str):
         return find_model(model)
     raise TypeError(f"model must be a name, or a PTDiT, DiT or PixArt; got {type(model).__name__}")

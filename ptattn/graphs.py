@@ -67,9 +67,9 @@ class Graphed:
       through `.data`, by other graphs or by other libraries.
     - Outputs belong to the caller.
     - Weights changed in place are read by the next replay. Other weights, buffers or modules
-      (`to`, `load_state_dict(assign=True)`, LoRA added, `fuse`) are captured anew; those replaced
-      stay in memory until then. What else a forward reads in Python, as a LoRA scale, a hook or a
-      flag, is what it was at the capture: call `reset`.
+      (`to`, `load_state_dict(assign=True)`, LoRA added, scaled, merged or switched, `fuse`) are
+      captured anew; those replaced stay in memory until then. What else a forward reads in Python,
+      as a hook or a flag, is what it was at the capture: call `reset`.
     - Random numbers (dropout in training mode) come from torch's default CUDA generator, new ones
       for every replay, as `torch.manual_seed` says; they are not those of an eager call.
     - Calls from several threads take turns, and a call on another stream waits for the one before.
@@ -261,6 +261,8 @@ class _Weights:
         self.sizes, self.values = self._sizes(), list(self._values())
         self.tensors = [t for value in self.values for t in _plain_tensors(value)]
         self.addresses = self._addresses()
+        self.adapters = [vars(m) for m in self.modules if isinstance(vars(m).get("scaling"), dict)]
+        self.switches = self._switches()
 
     def unchanged(self) -> bool:
         """At every call: no loop of Python's over a thousand weights."""
@@ -269,7 +271,16 @@ class _Weights:
             and self._sizes() == self.sizes
             and all(map(operator.is_, self._values(), self.values))
             and self._addresses() == self.addresses
+            and (not self.adapters or self._switches() == self.switches)
         )
+
+    def _switches(self) -> list[Any]:
+        """What peft's layers read in Python: scales, and which adapters are on, off or merged."""
+        names = "_active_adapter", "merged_adapters"
+        return [
+            (dict(a["scaling"]), a.get("_disable_adapters"), *(tuple(a.get(n, ())) for n in names))
+            for a in self.adapters
+        ]
 
     def _sizes(self) -> list[int]:
         return list(map(len, self.tables))

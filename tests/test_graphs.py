@@ -339,6 +339,29 @@ def test_adapters_are_captured_anew(captures):
     assert not torch.allclose(fast(x), before)
 
 
+def test_adapters_switched_and_scaled_are_captured_anew(captures):
+    """A graph has the scale of its capture: a LoRA turned down, off or merged stayed as it was."""
+    peft = pytest.importorskip("peft")
+    model, x = linear_chain(), torch.randn(2, 3)
+    lora = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    peft.inject_adapter_in_model(lora, model)
+    fast, layer = ptattn.graphed(model), model[0]
+    changes = [
+        lambda: layer.set_scale("default", 0.5),
+        lambda: layer.enable_adapters(False),
+        lambda: layer.enable_adapters(True),
+        lambda: layer.merge(),
+        lambda: layer.unmerge(),
+        lambda: layer.set_adapter([]),
+    ]
+    fast(x)
+    for count, change in enumerate(changes, 2):
+        change()
+        for _ in range(2):
+            assert torch.equal(fast(x), model(x))
+            assert captures() == count
+
+
 def test_a_graph_holds_what_modules_keep_beside_weights(captures):
     """A table kept from the first call may be dropped by the module while the graph reads it."""
     model = linear_chain()

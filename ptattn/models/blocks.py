@@ -25,7 +25,7 @@ from ..layers import (
     has_hooks,
 )
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
-from .configs import ModelConfig
+from .configs import Configured, ModelConfig
 from .inputs import check_caption
 from .position import position_embedding
 
@@ -192,10 +192,9 @@ class Output(nn.Module):
         return rearrange(self.proj(x), cut, f=f, h=h, w=w, p=p, q=p)
 
 
-class Captioned:
+class Captioned(Configured):
     """What the text models have for sampling runs, whose steps share their captions."""
 
-    config: ModelConfig
     condition: nn.Module
     blocks: Blocks
 
@@ -236,7 +235,7 @@ class Captioned:
                 "prepare_caption needs a text model whose weights are at hand outside of its "
                 "forward: neither sharded nor offloaded block by block, nor wrapped or hooked there"
             )
-        caption_mask = check_caption(self.config, caption, caption_mask)
+        caption_mask = check_caption(self.model_config, caption, caption_mask)
         hook: Any = getattr(self, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(self)  # brings them

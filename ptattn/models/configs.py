@@ -61,6 +61,10 @@ class ModelConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("window", "proxy_window"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None or name not in ("caption_channels", "num_classes"):
@@ -79,6 +83,19 @@ class ModelConfig:
         """The windows of proxies and of attention that a PT-DiT uses on a token grid."""
         windows = window_grid(grid, self.window or default_window(grid))
         return window_grid(grid, self.proxy_window or windows.window), windows
+
+
+class Configured:
+    """What every model has: what defines it.
+
+    `config` is the same by its usual name, which diffusers' models have for a mapping of theirs.
+    """
+
+    model_config: ModelConfig
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model_config
 
 
 def _classes(depth: int, dim: int, num_heads: int) -> ModelConfig:

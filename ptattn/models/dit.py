@@ -14,7 +14,7 @@ from .blocks import (
     initialize_weights,
 )
 from .condition import ClassCondition, Condition
-from .configs import ModelConfig
+from .configs import Configured, ModelConfig
 from .inputs import check_inputs
 
 
@@ -37,7 +37,7 @@ class DiTBlock(nn.Module):
         return Residual(x, self.mlp(normed), mlp.gate)
 
 
-class DiT(nn.Module):
+class DiT(Configured, nn.Module):
     """Diffusion transformer. Positions are embedded as in PT-DiT, so that it takes video too.
 
     Args:
@@ -47,7 +47,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.model_config = config
         self.patch_embed = PatchEmbed(config)
         self.condition = ClassCondition(config)
         self.blocks = Blocks(DiTBlock(config, backend=backend) for _ in range(config.depth))
@@ -68,7 +68,7 @@ class DiT(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it got and what was expected.
         """
-        check_inputs(self.config, latents, timestep, labels=labels)
+        check_inputs(self.model_config, latents, timestep, labels=labels)
         condition = self.condition(timestep, labels=labels)
         x, grid = self.patch_embed(latents)
         stream = self.blocks(Residual(x), condition)

@@ -52,7 +52,7 @@ class PixArt(Captioned, nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.model_config = config
         self.patch_embed = PatchEmbed(config)
         self.condition = TextCondition(config)
         self.blocks = Blocks(PixArtBlock(config, backend=backend) for _ in range(config.depth))
@@ -81,7 +81,7 @@ class PixArt(Captioned, nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what it got and what was expected.
         """
-        caption_mask = check_inputs(self.config, latents, timestep, caption, caption_mask)
+        caption_mask = check_inputs(self.model_config, latents, timestep, caption, caption_mask)
         condition = self.condition(timestep, caption, caption_mask)
         x, grid = self.patch_embed(latents)
         stream = self.blocks(Residual(x), condition)

@@ -88,7 +88,7 @@ class PTDiT(Captioned, nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.model_config = config
         self.patch_embed = PatchEmbed(config)
         text = config.num_classes is None
         self.condition = TextCondition(config) if text else ClassCondition(config)
@@ -121,10 +121,10 @@ class PTDiT(Captioned, nn.Module):
         Raises:
             TypeError, ValueError: naming the argument; a condition of the other kind.
         """
-        caption_mask = check_inputs(self.config, latents, timestep, caption, caption_mask, labels)
+        caption_mask = check_inputs(self.model_config, latents, timestep, caption, caption_mask, labels)
         condition = self.condition(timestep, caption, caption_mask, labels)
         x, grid = self.patch_embed(latents)
-        proxies, windows = self.config.window_grids(grid)
+        proxies, windows = self.model_config.window_grids(grid)
         stream = self.blocks(Residual(x), condition, proxies, windows)
         x = self.output(stream, grid, condition)
         return x if latents.ndim == 5 else x.squeeze(2)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ..flops import VAE_FACTOR
-from ..flow import FLOW, OBJECTIVES, Guided, Objective, resolution_shift
+from ..flow import FLOW, Guided, Objective, resolution_shift
 from .autoencoder import compression, decode
+from .components import check_fit, objective_of
+from .prompts import as_negatives, as_texts, check_prompts, encode_texts
 from .transformer import PTDiTTransformer
 
 logger = logging.get_logger(__name__)
@@ -34,11 +43,14 @@ class VideoPipelineOutput(BaseOutput):
     frames: Any
 
 
-class PTDiTPipeline(DiffusionPipeline):
+class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the transformer alone
     """Text to image, video and views with PT-DiT.
 
+    `load_lora_weights`, `set_adapters`, `fuse_lora` and so on are diffusers' own. A pipeline makes
+    one call at a time; `from_pipe` makes others of the same models, for other threads.
+
     Args:
-        tokenizer, text_encoder: T5's, as transformers has them.
+        tokenizer, text_encoder: T5's, as transformers has them; None where calls bring embeddings.
         transformer: text-conditional; its caption_channels are the width of the text encoder and
             its in_channels the latent channels of `vae`.
         vae: an autoencoder of diffusers, of images (then frames are decoded one by one) or videos.
@@ -46,17 +58,19 @@ class PTDiTPipeline(DiffusionPipeline):
             trained on v-prediction.
 
     Raises:
+        TypeError: another transformer.
         ValueError: components that do not fit each other.
 
     Example:
-        >>> pipeline = PTDiTPipeline.from_pretrained("folder", torch_dtype=torch.bfloat16)
+        >>> pipeline = PTDiTPipeline.from_pretrained("folder", dtype=torch.bfloat16)
         >>> pipeline.enable_model_cpu_offload()
         >>> pipeline("a lighthouse at dusk", height=512, width=768).images[0].save("out.png")
         >>> views = pipeline("a teapot", height=512, width=512, num_frames=24).frames[0]
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ("latents",)
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def __init__(
         self,
@@ -76,11 +90,44 @@ class PTDiTPipeline(DiffusionPipeline):
         )
         self._check_components()
 
+    @classmethod
+    def from_pipe(
+        cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **components: Any
+    ) -> PTDiTPipeline:
+        """A pipeline of another one's models, which are not copied, with a scheduler and a
+        tokenizer of its own.
+
+        Args:
+            pipeline: this kind, or one that shares components with it.
+            dtype: converts the models, the other pipeline's too; None leaves them as they are.
+            **components: to take in place of the other pipeline's.
+        """
+        wanted = inspect.signature(cls).parameters
+        shared = {name: c for name, c in pipeline.components.items() if name in wanted}
+        # Both have a state: concurrent calls would take each other's.
+        own = {n: copy.deepcopy(shared[n]) for n in ("scheduler", "tokenizer") if n in shared}
+        made = cls(**shared | own | components)
+        return made if dtype is None else made.to(dtype=dtype)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """The folder of a pipeline on the Hub, whole but for the components that are given.
+
+        diffusers' own refuses an index that names a class of another package than its own.
+        """
+        known = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        given = [name for name in inspect.signature(cls).parameters if name in kwargs]
+        return snapshot_download(
+            pretrained_model_name,
+            ignore_patterns=[f"{name}/*" for name in given],
+            **{name: kwargs[name] for name in known if kwargs.get(name) is not None},
+        )
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] = "",
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
         *,
         height: int = 1024,
         width: int = 1024,
@@ -90,6 +137,10 @@ class PTDiTPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int = 200,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -101,58 +152,82 @@ class PTDiTPipeline(DiffusionPipeline):
         Args:
             prompt: one or several.
             negative_prompt: what guidance leads away from; one for all, or one for each prompt.
+                None is the empty text.
             height, width: in pixels, multiples of what the autoencoder compresses a side by times
                 the patch size, 16 for the released model.
             num_frames: of each video, 1 + k times the autoencoder's temporal compression; the
                 number of views for a multi-view model; None draws images.
             num_inference_steps: by default 30, or 50 for v-prediction.
-            guidance_scale: null + guidance_scale · (conditional − null); 1 is no guidance, at half
-                the cost. By default 4, or 6 for v-prediction.
+            guidance_scale: null + guidance_scale · (conditional − null); 1 or less is no guidance,
+                at half the cost. By default 4, or 6 for v-prediction.
             num_images_per_prompt: images or videos for each prompt.
             generator: for the same noise again; or one for each image or video.
             latents: the noise itself, (B, C, f, h, w) with f = 1 for images.
+            prompt_embeds, negative_prompt_embeds: (B, T, caption_channels), as `encode_prompt`
+                makes them of one image per prompt; in place of the texts.
+            prompt_attention_mask, negative_prompt_attention_mask: theirs, (B, T), true or 1 at
+                real tokens.
             max_sequence_length: tokens that a caption is cut or padded to.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple.
             callback_on_step_end: called with this pipeline, the step, the timestep and a
                 dictionary of tensors after each step; tensors that it returns are taken over.
-                It may set `_guidance_scale` for the steps to come and `_interrupt` to stop.
-            callback_on_step_end_tensor_inputs: the tensors that it is given; there are the latents.
+                It may set `_guidance_scale` for the steps to come and `_interrupt` to stop, and
+                change the transformer's weights. Or one of `diffusers.callbacks`.
+            callback_on_step_end_tensor_inputs: the tensors that it is given, of "latents",
+                "prompt_embeds" and "negative_prompt_embeds".
 
         Returns:
             The images (`.images`), or for a number of frames the videos (`.frames`).
 
         Raises:
             ValueError, TypeError: an argument that does not fit.
+            RuntimeError: a call within another one, of a callback or of another thread.
         """
-        self._check_components()
-        objective = self.objective
-        steps = objective.steps if num_inference_steps is None else num_inference_steps
-        self._guidance_scale = objective.guidance if guidance_scale is None else guidance_scale
-        self._interrupt = False
-        prompts, negatives = _prompts(prompt, negative_prompt)
-        _check_numbers(
-            num_inference_steps=steps,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-        )
-        names = callback_on_step_end_tensor_inputs
-        _check_known("output_type", [output_type], OUTPUT_TYPES)
-        _check_known("callback_on_step_end_tensor_inputs", names, self._callback_tensor_inputs)
-        shape = self._latent_shape(height, width, num_frames)
-        latents = self._noise((len(prompts) * num_images_per_prompt, *shape), generator, latents)
+        with self._alone():
+            self._check_components()
+            objective = self.objective
+            steps = objective.steps if num_inference_steps is None else num_inference_steps
+            self._guidance_scale = objective.guidance if guidance_scale is None else guidance_scale
+            self._interrupt = False
+            _check_numbers(
+                num_inference_steps=steps,
+                num_images_per_prompt=num_images_per_prompt,
+                max_sequence_length=max_sequence_length,
+            )
+            callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
+            if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+                names = callback.tensor_inputs
+            _check_known("output_type", [output_type], OUTPUT_TYPES)
+            _check_known("callback_on_step_end_tensor_inputs", names, self._callback_tensor_inputs)
+            shape = self._latent_shape(height, width, num_frames)
+            given: dict[str, Any] = dict(
+                prompt_embeds=prompt_embeds,
+                prompt_attention_mask=prompt_attention_mask,
+                negative_prompt_embeds=negative_prompt_embeds,
+                negative_prompt_attention_mask=negative_prompt_attention_mask,
+            )
+            channels = self.transformer.config.caption_channels
+            count = check_prompts(channels, prompt, negative_prompt, *given.values())
+            latents = self._noise((count * num_images_per_prompt, *shape), generator, latents)
 
-        encoding = max_sequence_length, num_images_per_prompt
-        condition = self.encode_prompt(prompts, *encoding)
-        null = self.encode_prompt(negatives, *encoding)
-        shift = 1.0
-        if objective is FLOW:
-            _, frames, h, w = shape
-            shift = resolution_shift(VAE_FACTOR * h, VAE_FACTOR * w, frames)
-        objective.set_timesteps(self.scheduler, steps, shift, latents.device)
-        latents = self._denoise(latents, condition, null, objective, callback_on_step_end, names)
-        result = self._finished(latents, output_type, num_frames)
-        self.maybe_free_model_hooks()
+            encoded = self.encode_prompt(
+                prompt,
+                self.do_classifier_free_guidance,
+                negative_prompt,
+                num_images_per_prompt,
+                max_sequence_length=max_sequence_length,
+                **given,
+            )
+            shift = 1.0
+            if objective is FLOW:
+                _, frames, h, w = shape
+                shift = resolution_shift(VAE_FACTOR * h, VAE_FACTOR * w, frames)
+            objective.set_timesteps(self.scheduler, steps, shift, latents.device)
+            state = dict(zip(given, encoded, strict=True), latents=latents)
+            latents = self._denoise(state, objective, callback, names)
+            result = self._finished(latents, output_type, num_frames)
+            self.maybe_free_model_hooks()
         if not return_dict:
             return (result,)
         if num_frames is None:
@@ -162,66 +237,121 @@ class PTDiTPipeline(DiffusionPipeline):
     @property
     def objective(self) -> Objective:
         """What the scheduler says that the transformer predicts."""
-        for objective in OBJECTIVES.values():
-            if _settings(self.scheduler) == _settings(objective.scheduler()):
-                return objective
-        raise ValueError(
-            "scheduler must be set as ptattn.flow.FLOW.scheduler() or V.scheduler() is; "
-            f"got {self.scheduler}"
-        )
+        return objective_of(self.scheduler)
 
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
     @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+    @property
     def interrupt(self) -> bool:
         return self._interrupt
 
     def encode_prompt(
-        self, prompts: list[str], max_sequence_length: int = 200, num_images_per_prompt: int = 1
-    ) -> dict[str, Tensor]:
-        """Captions as the transformer takes them: `caption` (B, T, C), `caption_mask` (B, T)."""
-        for prompt, ids in zip(prompts, self.tokenizer(prompts).input_ids, strict=True):
-            if len(ids) > max_sequence_length:
-                logger.warning(f"cut to {max_sequence_length} tokens of {len(ids)}: {prompt!r}")
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=max_sequence_length,
-            return_tensors="pt",
-        ).to(self._execution_device)
-        mask = tokens.attention_mask
-        caption = self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
-        condition = {"caption": caption.to(self.transformer.dtype), "caption_mask": mask.bool()}
-        return {k: v.repeat_interleave(num_images_per_prompt, 0) for k, v in condition.items()}
+        self,
+        prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 200,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Captions as the transformer takes them, in the order of diffusers' PixArt pipelines.
+
+        Args:
+            do_classifier_free_guidance: whether to make the negative ones.
+            device: of the result; by default the one that the models run on.
+            prompt and the rest: as in a call.
+
+        Returns:
+            prompt_embeds (B, T, C), prompt_attention_mask (B, T) bool, and both of the negative
+            prompts, or None; those of one prompt's images follow one another.
+        """
+        given: Any = prompt_embeds, prompt_attention_mask
+        negatives: Any = negative_prompt_embeds, negative_prompt_attention_mask
+        channels = self.transformer.config.caption_channels
+        count = check_prompts(channels, prompt, negative_prompt, *given, *negatives)
+        running = self._execution_device
+        encode = partial(encode_texts, self.tokenizer, self.text_encoder, running)
+        place = device or running
+
+        def ready(embeds: Tensor, mask: Tensor) -> Any:
+            both = embeds.to(place, self.transformer.dtype), mask.to(place, torch.bool)
+            return [t.repeat_interleave(num_images_per_prompt, 0) for t in both]
+
+        if prompt_embeds is None:
+            texts = as_texts("prompt", prompt)
+            given = encode("prompt", texts, max_sequence_length)
+        if not do_classifier_free_guidance:
+            return *ready(*given), None, None
+        if negative_prompt_embeds is None:
+            texts, length = as_negatives(negative_prompt, count), given[0].shape[1]
+            negatives = encode("negative_prompt", texts, length)
+        return *ready(*given), *ready(*negatives)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A call's scheduler, guidance and interruption are the pipeline's, so it has one call."""
+        call = object()
+        if self.__dict__.setdefault("_call", call) is not call:
+            raise RuntimeError(
+                "this pipeline is in another call, of another thread or around a callback; "
+                "PTDiTPipeline.from_pipe(pipeline) makes another one of the same models"
+            )
+        try:
+            yield
+        finally:
+            del self.__dict__["_call"]
 
     def _denoise(
         self,
-        latents: Tensor,
-        condition: dict[str, Tensor],
-        null: dict[str, Tensor],
+        state: dict[str, Any],
         objective: Objective,
         callback: Callable[..., dict[str, Tensor] | None] | None,
         names: Sequence[str],
     ) -> Tensor:
         """Noise to latents, which stay float32 whatever the transformer's dtype."""
         timesteps = self.scheduler.timesteps
-        predict = Guided(self.transformer, condition, null)
+        predict = self._guided(state)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
+                latents = state["latents"]
                 noisy, times = latents.to(self.transformer.dtype), timestep.expand(len(latents))
-                predicted = predict(noisy, times, self._guidance_scale)
-                output = objective.model_output(predicted.float())
-                latents = self.scheduler.step(output, timestep, latents).prev_sample
+                scale = self._guidance_scale if self.do_classifier_free_guidance else 1
+                output = objective.model_output(predict(noisy, times, scale).float())
+                state["latents"] = self.scheduler.step(output, timestep, latents).prev_sample
                 if callback is not None:
-                    given = {name: latents for name in names}
-                    latents = (callback(self, i, timestep, given) or {}).get("latents", latents)
+                    made = callback(self, i, timestep, {name: state[name] for name in names}) or {}
+                    state |= {k: v for k, v in made.items() if k in self._callback_tensor_inputs}
+                    predict = self._guided(state)  # of the captions and weights that it has left
                 bar.update()
-        return latents
+        return state["latents"]
+
+    def _guided(self, state: dict[str, Any]) -> Guided:
+        condition, null = (
+            dict(caption=state[f"{name}_embeds"], caption_mask=state[f"{name}_attention_mask"])
+            for name in ("prompt", "negative_prompt")
+        )
+        if self.do_classifier_free_guidance and null["caption"] is None:
+            raise ValueError(
+                f"a callback set guidance_scale to {self._guidance_scale}, but the call began with "
+                "1 or less, without negative prompts: begin with more than 1"
+            )
+        return Guided(self.transformer, condition, null)
 
     def _finished(self, latents: Tensor, output_type: str, num_frames: int | None) -> Any:
         if output_type == "latent":
@@ -259,49 +389,15 @@ class PTDiTPipeline(DiffusionPipeline):
         return latents.to(device, torch.float32)
 
     def _check_components(self) -> None:
-        missing = [name for name, component in self.components.items() if component is None]
+        missing = [
+            name
+            for name, component in self.components.items()
+            if component is None and name not in self._optional_components
+        ]
         if missing:
-            raise ValueError(f"this pipeline needs all its components; missing: {missing}")
-        config, width = self.transformer.config, self.text_encoder.config.d_model
-        if config.caption_channels != width:
-            raise ValueError(
-                f"transformer has caption_channels {config.caption_channels}, but text_encoder "
-                f"has width {width}"
-            )
-        compression(self.vae)
-        channels = self.vae.config.get("latent_channels", self.vae.config.get("z_dim"))
-        if channels is not None and config.in_channels != channels:
-            raise ValueError(
-                f"transformer has in_channels {config.in_channels}, but vae has {channels} "
-                "latent channels"
-            )
+            raise ValueError(f"this pipeline needs its components; missing: {missing}")
+        check_fit(self.transformer, self.text_encoder, self.vae)
         _ = self.objective
-
-
-def _settings(scheduler: Any) -> tuple[type, dict[str, Any]]:
-    """Its class, and its configuration without what diffusers notes about the file."""
-    return type(scheduler), {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-
-
-def _prompts(prompt: Any, negative: Any) -> tuple[list[str], list[str]]:
-    """Both as lists of one length."""
-    prompts = _texts("prompt", prompt)
-    negatives = _texts("negative_prompt", negative)
-    if isinstance(negative, str):
-        negatives = negatives * len(prompts)
-    if not prompts or len(negatives) != len(prompts):
-        raise ValueError(
-            "prompt must hold at least one text and negative_prompt one for each; "
-            f"got {len(prompts)} and {len(negatives)}"
-        )
-    return prompts, negatives
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a string or a list of strings; got {value!r}")
-    return texts
 
 
 def _check_numbers(**numbers: Any) -> None:

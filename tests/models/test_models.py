@@ -122,7 +122,7 @@ def test_windows_follow_the_resolution_unless_given(monkeypatch):
 def test_finer_proxies_than_windows():
     model = small("pt-dit-xl", window=(1, 4, 4), proxy_window=(1, 2, 2))
     coarse = copy.deepcopy(model)
-    coarse.config = dataclasses.replace(model.config, proxy_window=None)
+    coarse.model_config = dataclasses.replace(model.config, proxy_window=None)
     latents, t, condition = torch.randn(1, 4, 16, 16), torch.ones(1), condition_for(model, 1)
     assert not torch.allclose(model(latents, t, **condition), coarse(latents, t, **condition))
 

@@ -1,6 +1,5 @@
 """Text to image, video and views through diffusers, offline, on tiny components."""
 
-import inspect
 import logging
 
 import pytest
@@ -8,12 +7,10 @@ import torch
 
 from ptattn import checkpoint
 from ptattn.flow import FLOW, V, resolution_shift, sample
-from ptattn.models import ModelConfig
-from ptattn.pipelines import PTDiTPipeline, PTDiTTransformer, decode
+from ptattn.pipelines import PTDiTPipeline, decode
 
 # First, as it skips this module where diffusers is missing.
 from tests.support.components import (
-    WIDTH,
     diffusers,
     image_vae,
     pipeline,
@@ -39,71 +36,11 @@ def images():
     return pipeline()
 
 
-# The component
-
-
-def test_the_signature_is_the_configuration_s():
-    own = list(inspect.signature(PTDiTTransformer).parameters.values())
-    assert own == list(inspect.signature(ModelConfig).parameters.values())
-
-
-def test_the_component_and_the_checkpoint_read_each_other_s_folders(tmp_path):
-    model = transformer(window=(2, 3), proxy_window=(1, 1, 3))
-    model.save_pretrained(tmp_path / "theirs")
-    checkpoint.save_model(model, tmp_path / "ours")
-    for folder in ("theirs", "ours"):
-        for back in (
-            checkpoint.load_model(tmp_path / folder),
-            PTDiTTransformer.from_pretrained(tmp_path / folder),
-        ):
-            assert back.config == model.config
-            states = back.state_dict(), model.state_dict()
-            torch.testing.assert_close(*states, rtol=0, atol=0)
-    half = PTDiTTransformer.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-
-
-def test_the_component_trains_as_diffusers_models_do(tmp_path):
-    """Checkpointed by diffusers' name, and with an adapter that is saved and loaded."""
-    peft = pytest.importorskip("peft")
-    model = transformer(depth=2)
-    inputs = torch.randn(1, 4, 8, 12), torch.tensor([500.0]), torch.randn(1, 5, WIDTH)
-    assert not model.is_gradient_checkpointing
-    model.enable_gradient_checkpointing()
-    assert model.is_gradient_checkpointing
-    assert model.blocks.checkpointed
-    with pytest.raises(ValueError, match="must be None"):
-        model.enable_gradient_checkpointing(lambda module, *args: module(*args))
-    plain = model(*inputs)
-    twin = transformer(depth=2)
-    twin.load_state_dict(model.state_dict())
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "q", "kv", "proj", "zero"]))
-    with pytest.raises(ValueError, match="no place for adapters: merge them first"):
-        checkpoint.to_official(model)
-    for name, weight in model.named_parameters():
-        assert weight.requires_grad == ("lora" in name)
-        if "lora" in name:
-            torch.nn.init.normal_(weight, std=0.2)
-    adapted = model(*inputs)
-    assert not torch.allclose(adapted, plain, rtol=1e-2)
-    adapted.sum().backward()
-    assert all(w.grad.any() for w in model.parameters() if w.requires_grad)
-    model.save_lora_adapter(tmp_path)
-    twin.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-    torch.testing.assert_close(twin(*inputs), adapted)
-    model.disable_gradient_checkpointing()
-    assert not model.is_gradient_checkpointing
-    model.disable_adapters()
-    torch.testing.assert_close(model(*inputs), plain)
-
-
-def test_weights_of_another_configuration_are_refused(tmp_path):
-    transformer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="caption"):
-        PTDiTTransformer.from_pretrained(tmp_path, caption_channels=8, low_cpu_mem_usage=True)
-
-
-# The pipeline
+def encoded(pipe, texts, length):
+    """As the transformer takes captions."""
+    with torch.no_grad():
+        embeds, mask, *_ = pipe.encode_prompt(texts, False, max_sequence_length=length)
+    return dict(caption=embeds, caption_mask=mask)
 
 
 def test_one_seed_makes_one_picture(images):
@@ -125,7 +62,7 @@ def test_it_is_the_sampler_of_training(images):
     calls = dict(height=16, width=24, latents=noise, max_sequence_length=8, output_type="latent")
     ours = images(prompts, negatives, num_images_per_prompt=2, **calls)
     condition, null = (  # the images of one prompt follow one another
-        images.encode_prompt([texts[0], texts[0], texts[1], texts[1]], 8)
+        encoded(images, [texts[0], texts[0], texts[1], texts[1]], 8)
         for texts in (prompts, negatives)
     )
     theirs = sample(images.transformer, noise, condition, null, shift=resolution_shift(64, 96))
@@ -147,15 +84,13 @@ def test_prompts_guidance_and_negatives_matter(images):
 
 
 def test_captions_are_padded_masked_and_cut(images, caplog):
-    with torch.no_grad():
-        short = images.encode_prompt(["a red cat"], 4)
-        long = images.encode_prompt(["a red cat"], 9)
+    short, long = (encoded(images, "a red cat", length) for length in (4, 9))
     assert short["caption_mask"].tolist() == [[True] * 4]
     assert long["caption_mask"].tolist() == [[True] * 4 + [False] * 5]
     torch.testing.assert_close(short["caption"], long["caption"][:, :4])
     logger = logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
-    images.encode_prompt(["a red cat on the table"], 4)
+    encoded(images, "a red cat on the table", 4)
     logger.removeHandler(caplog.handler)
     assert "cut to 4 tokens of 7: 'a red cat on the table'" in caplog.text
 
@@ -208,7 +143,7 @@ def test_a_folder_holds_all(tmp_path, images):
 
 def test_a_whole_pipeline_in_bfloat16(tmp_path, images):
     images.save_pretrained(tmp_path)
-    pipe = PTDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    pipe = PTDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     assert {pipe.transformer.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {torch.bfloat16}
     seen = []
@@ -228,7 +163,7 @@ def test_v_prediction_is_told_by_the_scheduler():
     noise = torch.randn(1, 4, 1, 8, 12)
     options = IMAGE | dict(latents=noise, output_type="latent")
     ours = pipe("a red cat", **options).images
-    condition, null = (pipe.encode_prompt([text], 8) for text in ("a red cat", ""))
+    condition, null = (encoded(pipe, text, 8) for text in ("a red cat", ""))
     theirs = sample(pipe.transformer, noise, condition, null, objective=V, steps=2)
     torch.testing.assert_close(ours, theirs[:, :, 0])
     assert pipe.guidance_scale == V.guidance
@@ -310,7 +245,7 @@ def test_models_can_be_offloaded():
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "'noise' not in latents"),
         (dict(latents=torch.zeros(1, 4, 8, 12)), r"shape \(1, 4, 1, 8, 12\); got \(1, 4, 8, 12\)"),
         (dict(generator=[seeded()] * 2), "generator must be one or 1; got 2"),
-        (dict(negative_prompt=["a", "b"]), "negative_prompt one for each; got 1 and 2"),
+        (dict(negative_prompt=["a", "b"]), "must be one text, or one for each of 1 prompts; got 2"),
         (dict(prompt=[]), "prompt must hold at least one text"),
     ],
     ids=lambda part: "-".join(part) if isinstance(part, dict) else "",  # not by tensors' contents
@@ -339,7 +274,7 @@ def test_frames_that_the_autoencoder_cannot_make():
         (lambda: dict(transformer=transformer(in_channels=3)), "in_channels 3, but vae has 4"),
         (
             lambda: dict(transformer=transformer(caption_channels=None, num_classes=3)),
-            "caption_channels None, but text_encoder has width 16",
+            "transformer must be one for text; got one for classes",
         ),
         (lambda: dict(scheduler=diffusers.DDPMScheduler()), "scheduler must be set as ptattn.flow"),
         (
@@ -355,8 +290,11 @@ def test_components_that_do_not_fit_are_named(components, message):
 
 
 def test_missing_components_are_named(images):
-    parts = dict(images.components) | dict(vae=None, tokenizer=None)
-    with pytest.raises(ValueError, match=r"missing: \['tokenizer', 'vae'\]"):
+    parts = dict(images.components) | dict(vae=None, transformer=None)
+    with pytest.raises(ValueError, match=r"missing: \['transformer', 'vae'\]"):
+        PTDiTPipeline(**parts)
+    parts = dict(images.components) | dict(transformer=torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="transformer must be a PTDiTTransformer; got Linear"):
         PTDiTPipeline(**parts)
 
 
