@@ -121,7 +121,9 @@ class PTDiT(Captioned, nn.Module):
         Raises:
             TypeError, ValueError: naming the argument; a condition of the other kind.
         """
-        caption_mask = check_inputs(self.model_config, latents, timestep, caption, caption_mask, labels)
+        caption_mask = check_inputs(
+            self.model_config, latents, timestep, caption, caption_mask, labels
+        )
         condition = self.condition(timestep, caption, caption_mask, labels)
         x, grid = self.patch_embed(latents)
         proxies, windows = self.model_config.window_grids(grid)
