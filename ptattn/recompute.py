@@ -27,7 +27,7 @@ def recomputed(made: Tensor, function: Callable[..., Tensor], *sources: Tensor) 
         function: gives a tensor of its own, with the same bits each time.
         sources: what is kept in place of `made`; it should be kept by others anyway.
     """
-    if not made.requires_grad or torch.compiler.is_compiling() or type(made) is not Tensor:
+    if not made.requires_grad or not saves_as_usual() or type(made) is not Tensor:
         return made
     autocast = autocast_dtype(made)
     if autocast is not None and made.dtype != torch.float64:

@@ -138,7 +138,7 @@ class Blocks(nn.ModuleList):
     def checkpoint(self, enabled: bool = True, *, keep_attention: bool = False) -> None:
         """Activation checkpointing: in the backward, blocks run again from what they took.
 
-        Each then keeps C numbers per token, in place of some 34·C of a text block.
+        Each then keeps C numbers per token, in place of some 26·C of a text block.
 
         Args:
             enabled: False ends it.

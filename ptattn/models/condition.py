@@ -79,11 +79,12 @@ class TextCondition(nn.Module):
         text: Tensor | PreparedCaption
         if isinstance(caption, PreparedCaption):
             self._check_prepared(caption, caption_mask, timestep)
+            embedding = self.timestep(timestep)
+            _check_dtype(caption, embedding)
             text, caption_mask = caption, caption.mask
         else:
             _check_timestep(timestep, caption.shape[0])
-            text = self.text(caption)
-        embedding = self.timestep(timestep)
+            text, embedding = self.text(caption), self.timestep(timestep)
         return Condition(embedding, self.modulation(embedding), text, caption_mask)
 
     def text(self, caption: Tensor) -> Tensor:
@@ -137,6 +138,16 @@ class ClassCondition(nn.Module):
         _check_timestep(timestep, labels.shape[0])
         embedding = self.timestep(timestep) + self.label(labels)
         return Condition(embedding, F.silu(embedding))
+
+
+def _check_dtype(caption: PreparedCaption, embedding: Tensor) -> None:
+    """A linear layer's output, as the embedding is, has the dtype of the weights or of autocast."""
+    prepared = caption.keys_values[0].packed.dtype
+    if prepared != embedding.dtype:
+        raise ValueError(
+            f"caption was prepared in {prepared}; the model now computes in {embedding.dtype}: "
+            "prepare it with these weights, and under the autocast that it is used in"
+        )
 
 
 def _check_timestep(timestep: Tensor, batch: int) -> None:
