@@ -53,10 +53,10 @@ LIMITS = {
         "attention": (30, 30, 60),
         "window_attention": (40, 40, 100),
         "window_attention, large windows": (40, 40, 100),
-        "ProxyAttention": (300, 300, 500),
-        "PT-DiT block, text": (345, 345, 630),
-        "PT-DiT block, classes": (310, 310, 590),
-        "DiT block": (90, 90, 180),
+        "ProxyAttention": (300, 300, 560),
+        "PT-DiT block, text": (345, 375, 750),
+        "PT-DiT block, classes": (310, 345, 705),
+        "DiT block": (95, 120, 265),
     }.items()
     for task, limit in zip((NO_GRAD, FORWARD, TRAINING), limits, strict=True)
 }

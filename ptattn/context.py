@@ -5,6 +5,8 @@ These are asked at every call, never remembered, and are the one home of torch's
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -27,6 +29,24 @@ def transformed() -> bool:
 
 
 _PLAIN = {Tensor, nn.Parameter}
+
+
+def saves_as_usual() -> bool:
+    """Whether torch saves what a backward will need, and nobody else decides about that: no
+    compiler, no transform, and no hooks for saved tensors, as checkpointing and offloading set."""
+    hooks: Any = torch._C._autograd
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and hooks._saved_tensors_hooks_is_enabled()
+        and hooks._top_saved_tensors_default_hooks(False) is None
+    )
+
+
+def intercepted() -> bool:
+    """Whether operators go to torch.compile or a dispatch mode, such as the FLOP counter."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def observed(*tensors: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ yet, and the pass of the next norm adds it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from . import backends, ops
 from .context import autocast_dtype
 from .geometry import WindowGrid
+from .recompute import feed, recomputed
 
 NORM_EPS = 1e-6
 
@@ -49,12 +51,15 @@ class Residual(NamedTuple):
     def norm(self, modulation: Sequence[Tensor] | None, backend: str) -> tuple[Tensor, Tensor]:
         """The sum and its LayerNorm, modulated by (shift, scale, ...)."""
         # Not a slice: older torch does not compile those of named tuples.
-        shift, scale = (None, None) if modulation is None else (modulation[0], modulation[1])
+        vectors = () if modulation is None else (modulation[0], modulation[1])
+        norm = partial(ops.layer_norm, eps=NORM_EPS, backend=backend)
         if self.y is None:
-            return self.x, ops.layer_norm(self.x, shift, scale, eps=NORM_EPS, backend=backend)
-        return ops.residual_layer_norm(
-            self.x, self.y, self.gate, shift, scale, eps=NORM_EPS, backend=backend
-        )
+            total, normed = self.x, norm(self.x, *vectors)
+        else:
+            total, normed = ops.residual_layer_norm(
+                self.x, self.y, self.gate, *vectors, eps=NORM_EPS, backend=backend
+            )
+        return total, recomputed(normed, norm, total, *vectors)
 
     def norm_and_means(self, windows: WindowGrid, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         """The sum, its LayerNorm and its window means."""
@@ -118,7 +123,7 @@ class SelfAttention(_Attention):
 
     def attend(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
         """The heads' outputs, not yet projected."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k, v = feed(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         if windows is None:
             out = ops.attention(q, k, v, backend=self.backend)
         else:
@@ -222,10 +227,10 @@ class GlobalInteraction(nn.Module):
         self, normed: Tensor, proxies: Tensor, modulation: Modulation | None = None
     ) -> Tensor:
         """What to add to x, of LN(x) (B, N, C) and the window means of x (B, M, C)."""
-        backend = self.proxy_attn.backend
-        _, p = Residual(proxies).norm(modulation, backend)
-        gate = None if modulation is None else modulation.gate
-        _, p = Residual(proxies, self.proxy_attn(p), gate).norm(None, backend)
+        shift, scale, gate = modulation or (None, None, None)
+        options: dict[str, Any] = dict(eps=NORM_EPS, backend=self.proxy_attn.backend)
+        p = self.proxy_attn(ops.layer_norm(proxies, shift, scale, **options))
+        _, p = ops.residual_layer_norm(proxies, p, gate, **options)
         return self._inject(normed, p)
 
     def _inject(self, normed: Tensor, p: Tensor) -> Tensor:
@@ -329,7 +334,8 @@ def gated_linear(x: Tensor, gate: Tensor, linear: nn.Linear) -> Tensor:
     weights instead, which is no pass over the tokens."""
     if x.shape[0] == 1 and x.shape[1] > x.shape[2] and is_plain(linear):
         return F.linear(x, linear.weight * gate, linear.bias)
-    return linear(gate[:, None] * x)
+    gates = gate[:, None]
+    return feed(linear, recomputed(gates * x, torch.mul, gates, x))
 
 
 def is_plain(layer: Any) -> bool:

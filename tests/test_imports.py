@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # ptattn; each imports only from lines above its own.
 ORDER = [
     {"memo", "context", "capture", "files", "command_line"},
-    {"geometry"},
+    {"geometry", "recompute"},
     {"kernels", "checks"},
     {"backends"},
     {"ops"},

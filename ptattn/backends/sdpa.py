@@ -37,7 +37,7 @@ def norm(
     if shift is None or scale is None:
         return x, F.layer_norm(x, channels, eps=eps), means
     # One sample's modulation is an affine norm; torch sums its gradients badly in 16 bits.
-    if x.shape[0] == 1 and not (torch.is_grad_enabled() and scale.requires_grad):
+    if x.shape[0] == 1 and not scale.requires_grad:
         affine = (1 + scale[0]).to(x.dtype), shift[0].to(x.dtype)  # autocast lets them differ
         return x, F.layer_norm(x, channels, *affine, eps), means
     normed = F.layer_norm(x, channels, eps=eps)

@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes = {t.untyped_storage()._cdata: 0 for t in known}
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -73,15 +73,15 @@ class LiveBytes(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes:
+        if key in self.sizes:
             return
-        self._sizes[key] = storage.nbytes()
+        self.sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+        self.now -= self.sizes.pop(key)
 
 
 def build(name: str, frames: int, kept: str, device: str) -> tuple[Any, list[Tensor]]:

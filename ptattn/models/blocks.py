@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ..context import autocast_dtype, intercepted, transformed
 from ..geometry import Triple, WindowGrid
 from ..layers import (
     CrossAttention,
@@ -23,7 +24,9 @@ from ..layers import (
     ZeroLinear,
     check_like_weights,
     has_hooks,
+    is_plain,
 )
+from ..recompute import feed, recomputed
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import Configured, ModelConfig
 from .inputs import check_caption
@@ -95,6 +98,39 @@ class Mlp(nn.Sequential):
     def __init__(self, dim: int) -> None:
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        layers: Any = self
+        up, gelu, down = layers
+        if type(gelu) is not nn.GELU or has_hooks(gelu):
+            return down(gelu(feed(up, x)))
+        if _in_epilogue(up, gelu, x):
+            return down(_linear_gelu(up, x))
+        hidden = feed(up, x)
+        return feed(down, recomputed(gelu(hidden), gelu.forward, hidden))
+
+
+def _in_epilogue(up: nn.Linear, gelu: nn.GELU, x: Tensor) -> bool:
+    """Whether torch has one product for both: with tanh-GELU on NVIDIA GPUs alone, and in 16 bits,
+    whose rounding hides that its tanh is approximate. It has no gradient, no place in autocast, and
+    FLOP counters do not know it."""
+    if not x.is_cuda or torch.version.hip is not None or gelu.approximate != "tanh":
+        return False
+    if not is_plain(up) or up.bias is None or intercepted() or transformed():
+        return False
+    given = (x, up.weight, up.bias)
+    if type(x) is not Tensor or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    return up.weight.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
+
+
+def _linear_gelu(up: nn.Linear, x: Tensor) -> Tensor:
+    """tanh-GELU of up(x), taken by the product before it writes; where `_in_epilogue` says so."""
+    flat = torch._addmm_activation(up.bias, x.flatten(0, -2), up.weight.t(), use_gelu=True)
+    return flat.unflatten(0, x.shape[:-1])
+
 
 class Blocks(nn.ModuleList):
     """A model's blocks, one after the other."""
@@ -104,7 +140,7 @@ class Blocks(nn.ModuleList):
     def checkpoint(self, enabled: bool = True, *, keep_attention: bool = False) -> None:
         """Activation checkpointing: in the backward, blocks run again from what they took.
 
-        Each then keeps C numbers per token, in place of some 34·C of a text block.
+        Each then keeps C numbers per token, in place of some 26·C of a text block.
 
         Args:
             enabled: False ends it.

@@ -79,10 +79,11 @@ class TextCondition(nn.Module):
         text: Tensor | PreparedCaption
         if isinstance(caption, PreparedCaption):
             self._check_prepared(caption, caption_mask, timestep)
+            embedding = self.timestep(timestep)
+            _check_dtype(caption, embedding)
             text, caption_mask = caption, caption.mask
         else:
-            text = self.text(caption)
-        embedding = self.timestep(timestep)
+            text, embedding = self.text(caption), self.timestep(timestep)
         return Condition(embedding, self.modulation(embedding), text, caption_mask)
 
     def text(self, caption: Tensor) -> Tensor:
@@ -143,3 +144,13 @@ class ClassCondition(nn.Module):
                 f"labels must be in [0, {self.label.num_embeddings - 1}], the last for no class; "
                 f"got {int(low)} to {int(high)}"
             )
+
+
+def _check_dtype(caption: PreparedCaption, embedding: Tensor) -> None:
+    """A linear layer's output, as the embedding is, has the dtype of the weights or of autocast."""
+    prepared = caption.keys_values[0].packed.dtype
+    if prepared != embedding.dtype:
+        raise ValueError(
+            f"caption was prepared in {prepared}; the model now computes in {embedding.dtype}: "
+            "prepare it with these weights, and under the autocast that it is used in"
+        )

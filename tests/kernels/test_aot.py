@@ -67,6 +67,41 @@ def test_a_pattern_that_fits_no_case_is_an_error():
         aot.select(aot.parse(["--only", "bf61"]))
 
 
+ORDERS = r"""
+import json, re, torch, triton
+from benchmarks import compiled
+from ptattn.kernels import host, norm
+
+def orders(channels, residual):
+    x = torch.empty(1, 1024, channels, dtype=torch.bfloat16, device="meta")
+    gate, *vectors = torch.empty(3, 1, channels, dtype=x.dtype, device="meta").unbind()
+    with host.record("sm90") as launches:
+        added = (x, gate) if residual else (None, None)
+        norm.forward(x, *added, *vectors, 1e-6, x.dtype)
+    options = dict(num_warps=launches[0].config.warps)
+    kernel = triton.compile(
+        compiled.source(launches[0]), target=compiled.TARGETS["sm90"], options=options
+    )
+    text = kernel.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#[a-z]+\d*) = (#ttg.*)$", text, re.M))
+    sums = re.findall(r"^    }\) : \(tensor<(\w+), (#[a-z]+\d*)>\) -> tensor", text, re.M)
+    return [(shape, layouts[name]) for shape, name in sums]
+
+print(json.dumps([[orders(c, False), orders(c, True)] for c in (640, 1152)]))
+"""
+
+
+def test_a_norm_adds_its_rows_in_one_order_with_and_without_a_residual():
+    """A backward makes a norm again from the sum, and takes it for the same bits."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ORDERS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for alone, with_residual in json.loads(done.stdout):
+        assert len(alone) == 4  # mean and variance, of two tiles
+        assert alone == with_residual
+
+
 # Every check can fail.
 
 GOOD = Compiled(

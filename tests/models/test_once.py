@@ -214,6 +214,17 @@ def test_a_prepared_caption_under_autocast(name):
         assert torch.equal(out, model(**inputs, caption=caption, caption_mask=mask))
 
 
+@each_text_model
+def test_a_prepared_caption_goes_with_its_autocast(name):
+    """The error was that of the attention within: "q, k, v must have one dtype"."""
+    model = tiny(name)
+    with torch.no_grad():
+        inputs, _, _, text = prepared(model)
+        wanted = "prepared in torch.float32; the model now computes in torch.bfloat16"
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=wanted):
+            model(**inputs, caption=text)
+
+
 def test_gradients_reach_the_texts_layers_through_a_prepared_caption():
     model = tiny("pt-dit-xl")
     inputs, caption, mask, _ = prepared(model)
