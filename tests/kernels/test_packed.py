@@ -92,8 +92,8 @@ def test_a_packed_gradient_is_that_of_the_slices(name):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_a_packed_projection(layout):
-    for name in ("windows that share tiles", "windows that loop", "few keys", "to few keys"):
-        case = drawn(name, torch.bfloat16, layout=layout, heads=2, head_dim=8)
+    for name in ("windows that share tiles", "to few keys"):
+        case = drawn(name, torch.bfloat16, 2, layout, heads=2, head_dim=8)
         same(*both(*case))
 
 
@@ -164,7 +164,7 @@ def test_parts_of_one_projection_are_summed_to_where_they_go(monkeypatch):
         monkeypatch.setitem(configs.table(), arch, blocks)
     host.forget_plans()
     monkeypatch.setitem(SELF, "in parts", (260, 260))
-    case = drawn("in parts")
+    case = drawn("in parts", batch=1, mask=False)
     (gradient,), tensors, kernels = written(*case[1:])
     same(*both(*case))
     host.forget_plans()
@@ -227,7 +227,7 @@ def test_double_backward_is_refused(name):
             torch.autograd.grad(grad.square().sum(), leaves[0], retain_graph=True)
 
 
-@pytest.mark.parametrize("name", ["windows that share tiles", "few keys", "to few keys in parts"])
+@pytest.mark.parametrize("name", ["windows that share tiles", "few keys", "to few keys"])
 def test_what_observes_sees_the_same(name):
     """Dispatch modes in the forward, the backward or both; batches of gradients."""
     _, of_packed, given, grad_out = drawn(name, torch.float32)
