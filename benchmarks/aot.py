@@ -93,20 +93,20 @@ class Case:
 
     def _window(self) -> None:
         windows = WindowGrid(self.grid, self.window).shifted()
-        q, k, v = self._empty(1, windows.num_tokens, 3, HEADS, self.width).unbind(2)
+        qkv = self._empty(1, windows.num_tokens, 3, HEADS, self.width)
         scale = self.width**-0.5
-        out, lse = attention.windowed(q, k, v, windows, scale)
+        out, lse = attention.windowed(qkv, None, None, windows, scale)
         g = torch.empty_like(out)
-        attention.windowed_backward(q, k, v, windows, scale, out, lse, g, (True,) * 3)
+        attention.windowed_backward(qkv, None, None, windows, scale, out, lse, g, (True,) * 3)
 
     def _dense(self) -> None:
         q = self._empty(1, self.queries, HEADS, self.width)
-        k, v = self._empty(1, self.keys, 2, HEADS, self.width).unbind(2)
+        kv = self._empty(1, self.keys, 2, HEADS, self.width)
         mask = torch.empty(1, self.keys, dtype=torch.bool, device="meta") if self.masked else None
         scale = self.width**-0.5
-        out, lse = attention.dense(q, k, v, mask, scale)
+        out, lse = attention.dense(q, kv, None, mask, scale)
         g = torch.empty_like(out)
-        attention.dense_backward(q, k, v, mask, scale, out, lse, g, (True,) * 3)
+        attention.dense_backward(q, kv, None, mask, scale, out, lse, g, (True,) * 3)
 
     def _mean(self) -> None:
         windows = WindowGrid(self.grid, self.window)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import host
 from .configs import Config
-from .host import Need, Plan, planned
-from .reduce import Parts, splits_of
+from .host import Gradients, Places, Plan, planned
+from .reduce import Parts, part_strides, splits_of
 from .tile import (
     LOG2E,
     accumulate,
@@ -89,13 +89,14 @@ def few_keys_forward(
         store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
 
 
-@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h"))
+@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h", "dq_b", "dq_n", "dk_b", "dk_n"))
 def few_keys_backward(
     q, k, v, mask, g, dq, dk, dv,
     q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
     k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
     g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
+    dq_b: tl.int64, dq_n, dk_b: tl.int64, dk_n,
     queries, keys, heads, splits, scale,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -104,7 +105,8 @@ def few_keys_backward(
 ):  # fmt: skip
     """Gradients of `few_keys_forward`, g being that of out; see `window_backward` for the math.
 
-    dq (B, N, H, D), dk and dv (B, splits, M, H, D), all contiguous.
+    dq (B, N, H, D), and dk and dv (B, splits, M, H, D) in parts dk_b apart: each with the heads of
+    a token one after the other.
     """
     OUT: tl.constexpr = D & -D
     batch, head, split, first, last = _place(queries, heads, splits, ROWS)
@@ -113,7 +115,7 @@ def few_keys_backward(
     k += head_offset(batch, head, k_b, k_h, ALIGN)
     v += head_offset(batch, head, v_b, v_h, ALIGN)
     g += head_offset(batch, head, g_b, g_h, ALIGN)
-    dq += head_offset(batch, head, queries * heads.to(tl.int64) * D, D, OUT)
+    dq += head_offset(batch, head, dq_b, D, OUT)
     k0, k1 = load_rows(k, key, k_n, present, D, D0, D1, ALIGN)
     v0, v1 = load_rows(v, key, v_n, present, D, D0, D1, ALIGN)
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
@@ -136,19 +138,19 @@ def few_keys_backward(
             if NEED_Q:
                 x0, x1 = product(tl.trans(ds), k0, k1, D1, PRECISION)
                 # By the tile's first row and rows from 0 on, which takes fewer registers.
-                tile = dq + tl.multiple_of(start * heads.to(tl.int64) * D, OUT)
-                store_rows(tile, row - start, heads * D, valid, x0, x1, D, D0, D1, OUT)
+                tile = dq + tl.multiple_of(start * dq_n.to(tl.int64), OUT)
+                store_rows(tile, row - start, dq_n, valid, x0, x1, D, D0, D1, OUT)
             if NEED_K:
                 dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, D1, PRECISION)
     # Where a query's weights are NaN, so are those of the keys that take no part.
     takes_part = present[:, None]
-    own = head_offset(batch * splits + split, head, keys * heads.to(tl.int64) * D, D, OUT)
+    own = head_offset(batch * splits + split, head, dk_b, D, OUT)
     if NEED_K:
         x0, x1 = tl.where(takes_part, dk0, 0.0), tl.where(takes_part, dk1, 0.0)
-        store_rows(dk + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
+        store_rows(dk + own, key, dk_n, exists, x0, x1, D, D0, D1, OUT)
     if NEED_V:
         x0, x1 = tl.where(takes_part, dv0, 0.0), tl.where(takes_part, dv1, 0.0)
-        store_rows(dv + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
+        store_rows(dv + own, key, dk_n, exists, x0, x1, D, D0, D1, OUT)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -161,16 +163,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: flo
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, g: Tensor, need: Need
-) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv; None where `need` says that one is not."""
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, g: Tensor,
+    into: Gradients,
+) -> None:  # fmt: skip
+    """Writes `into`."""
     q, k, v, g = host.rows(q, k, v, g)
-    dq = host.empty(q, *q.shape) if need[0] else None
-    parts = Parts(k, _splits(q.shape[1], k.shape[1]), need)
     masked = key_mask is not None
-    plan = _backward_plan(*host.facts(q, k, v, g), masked, scale, need, host.target(q))
-    plan.start(q, k, v, host.mask_bytes(key_mask, g), g, g if dq is None else dq, *parts.or_(g))
-    return dq, *parts.sums()
+    plan, splits = _backward_plan(
+        *host.facts(q, k, v, g), into.facts, masked, scale, host.target(q)
+    )
+    parts = Parts(into, splits)
+    written = host.or_(g, into.q, parts.k, parts.v)
+    plan.start(q, k, v, host.mask_bytes(key_mask, g), g, *written)
+    parts.sum()
 
 
 @planned
@@ -188,15 +193,18 @@ def _forward_plan(
 
 @planned
 def _backward_plan(
-    q: Any, k: Any, v: Any, g: Any, masked: bool, scale: float, need: Need, target: tuple[str, str]
-) -> Plan:
+    q: Any, k: Any, v: Any, g: Any, into: Places, masked: bool, scale: float,
+    target: tuple[str, str],
+) -> tuple[Plan, int]:  # fmt: skip
+    """And how many parts the gradients of keys and values come in."""
     (b, n, h, _), m = q[0], k[0][1]
     config, sizes = _tiles("few_keys_backward", q, m, target)
     splits = _splits(n, m)
-    numbers = (*host.strides_of(q, k, v, g), n, m, h, splits, scale)
+    strides = (*host.strides_of(q, k, v, g), *into.of_queries, *part_strides(k, splits, into))
     tiles = host.attention_tiles(target[1], q, k, v, g)
-    constants = host.needs(need) | dict(MASKED=masked) | sizes | tiles
-    return Plan(few_keys_backward, b * splits * h, *numbers, config=config, **constants)
+    constants = host.needs(into.need) | dict(MASKED=masked) | sizes | tiles
+    numbers = (*strides, n, m, h, splits, scale)
+    return Plan(few_keys_backward, b * splits * h, *numbers, config=config, **constants), splits
 
 
 def _splits(queries: int, keys: int) -> int:

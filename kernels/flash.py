@@ -17,8 +17,8 @@ from torch import Tensor
 from ..geometry import WindowGrid
 from . import host
 from .configs import Config
-from .host import Need, Plan, planned
-from .reduce import Parts, splits_of
+from .host import Gradients, Places, Plan, planned
+from .reduce import Parts, part_strides, splits_of
 from .tile import (
     LOG2E,
     accumulate,
@@ -39,7 +39,7 @@ RUNTIME = (
     *("queries", "keys", "heads", "blocks", "scale"),
     *("f", "h", "w", "pf", "ph", "pw", "of", "oh", "ow"),
 )
-RUNTIME_BACKWARD = (*RUNTIME, "g_b", "g_n", "g_h", "splits")
+RUNTIME_BACKWARD = (*RUNTIME, "g_b", "g_n", "g_h", "d_b", "d_n", "splits")
 
 
 @triton.jit
@@ -199,13 +199,15 @@ def flash_backward_q(
     k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
     g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
+    d_b: tl.int64, d_n,
     queries, keys, heads, blocks, scale, f, h, w, pf, ph, pw, of, oh, ow,
     NEED_Q: tl.constexpr,
     WINDOWED: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out ∘ g) (B, H, N), which `flash_backward_kv` reads, and the gradient of q.
+    """delta = rowsum(out ∘ g) (B, H, N), which `flash_backward_kv` reads, and the gradient of q
+    (B, N, H, D), of the strides d_b and d_n, with the heads of a token one after the other.
 
     With P the weights: dP = g Vᵀ;  dS = P ∘ (dP - delta);  dQ = scale · dS K.
     """
@@ -248,7 +250,8 @@ def flash_backward_q(
                 scale, box, geometry,
                 True, WINDOWED, MASKED, KEYS, D, D0, D1, ALIGN, PRECISION,
             )  # fmt: skip
-        store_rows(dq + own, row, heads * D, valid, dq0 * scale, dq1 * scale, D, D0, D1, OUT)
+        dq += head_offset(batch, head, d_b, D, OUT)
+        store_rows(dq, row, d_n, valid, dq0 * scale, dq1 * scale, D, D0, D1, OUT)
 
 
 @triton.jit
@@ -284,6 +287,7 @@ def flash_backward_kv(
     k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
     g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
+    d_b: tl.int64, d_n,
     queries, keys, heads, blocks, splits, scale, f, h, w, pf, ph, pw, of, oh, ow,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     WINDOWED: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -291,6 +295,7 @@ def flash_backward_kv(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k and v, (B, splits, M, H, D): each split sums over a share of the queries.
+    Parts are d_b apart and rows d_n, with the heads of a token one after the other.
 
     With P the weights: dV = Pᵀ g;  dS = P ∘ (g Vᵀ - delta);  dK = scale · dSᵀ Q.
     """
@@ -335,13 +340,13 @@ def flash_backward_kv(
         )  # fmt: skip
     # A key that takes no part was read as zero, and exp2(0 - lse) is any number.
     takes_part = present[:, None]
-    own = head_offset(batch * splits + split, head, keys * heads.to(tl.int64) * D, D, OUT)
+    own = head_offset(batch * splits + split, head, d_b, D, OUT)
     if NEED_K:
         x0, x1 = tl.where(takes_part, dk0 * scale, 0.0), tl.where(takes_part, dk1 * scale, 0.0)
-        store_rows(dk + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
+        store_rows(dk + own, key, d_n, exists, x0, x1, D, D0, D1, OUT)
     if NEED_V:
         x0, x1 = tl.where(takes_part, dv0, 0.0), tl.where(takes_part, dv1, 0.0)
-        store_rows(dv + own, key, heads * D, exists, x0, x1, D, D0, D1, OUT)
+        store_rows(dv + own, key, d_n, exists, x0, x1, D, D0, D1, OUT)
 
 
 def forward(
@@ -361,21 +366,21 @@ def forward(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float,
-    windows: WindowGrid | None, out: Tensor, lse: Tensor, g: Tensor, need: Need,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dq, dk, dv; None where `need` says that one is not."""
+    windows: WindowGrid | None, out: Tensor, lse: Tensor, g: Tensor, into: Gradients,
+) -> None:  # fmt: skip
+    """Writes `into`."""
     q, k, v, g = host.rows(q, k, v, g)
     delta = host.empty(lse, *lse.shape)
-    dq = host.empty(q, *q.shape) if need[0] else None
     mask = host.mask_bytes(key_mask, out)
     of_queries, of_keys, splits = _backward_plans(
-        *host.facts(q, k, v, g), key_mask is not None, scale, windows, need, host.target(q)
-    )
-    of_queries.start(q, k, v, mask, out, g, lse, delta, g if dq is None else dq)
-    parts = Parts(k, splits, need)
-    if need[1] or need[2]:
-        of_keys.start(q, k, v, mask, g, lse, delta, *parts.or_(g))
-    return dq, *parts.sums()
+        *host.facts(q, k, v, g), into.facts, key_mask is not None, scale, windows,
+        host.target(q),
+    )  # fmt: skip
+    of_queries.start(q, k, v, mask, out, g, lse, delta, *host.or_(g, into.q))
+    if into.k is not None or into.v is not None:
+        parts = Parts(into, splits)
+        of_keys.start(q, k, v, mask, g, lse, delta, *host.or_(g, parts.k, parts.v))
+        parts.sum()
 
 
 @planned
@@ -395,27 +400,30 @@ def _forward_plan(
 
 @planned
 def _backward_plans(
-    q: Any, k: Any, v: Any, g: Any, masked: bool, scale: float, windows: WindowGrid | None,
-    need: Need, target: tuple[str, str],
+    q: Any, k: Any, v: Any, g: Any, into: Places, masked: bool, scale: float,
+    windows: WindowGrid | None, target: tuple[str, str],
 ) -> tuple[Plan, Plan, int]:  # fmt: skip
     """Of the gradients of queries, and of keys and values, and how many parts these come in."""
     (b, n, h, _), m = q[0], k[0][1]
-    before, after = (*host.strides_of(q, k, v, g), n, m, h), (scale, *host.geometry(windows))
+    strides, after = host.strides_of(q, k, v, g), (scale, *host.geometry(windows))
     tiles = host.attention_tiles(target[1], q, k, v, g)
 
     config = _config("flash_backward_q", q, masked, windows, target)
     count, longest = _rows_of(windows, n)
     blocks = host.cdiv(longest, config.rows)
-    constants = dict(NEED_Q=need[0]) | _sizes(config, masked, windows) | tiles
-    programs, numbers = b * count * blocks * h, (*before, blocks, *after)
+    numbers = (*strides, *into.of_queries, n, m, h, blocks, *after)
+    constants = dict(NEED_Q=into.q is not None) | _sizes(config, masked, windows) | tiles
+    programs = b * count * blocks * h
     of_queries = Plan(flash_backward_q, programs, *numbers, config=config, **constants)
 
     config = _config("flash_backward_kv", q, masked, windows, target)
     count, longest = _rows_of(windows, m)
     blocks = host.cdiv(longest, config.keys)
     splits = 1 if windows else splits_of(n, blocks)
-    constants = dict(NEED_K=need[1], NEED_V=need[2]) | _sizes(config, masked, windows) | tiles
-    programs, numbers = b * count * blocks * splits * h, (*before, blocks, splits, *after)
+    numbers = (*strides, *part_strides(k, splits, into), n, m, h, blocks, splits, *after)
+    need = dict(NEED_K=into.k is not None, NEED_V=into.v is not None)
+    constants = need | _sizes(config, masked, windows) | tiles
+    programs = b * count * blocks * splits * h
     of_keys = Plan(flash_backward_kv, programs, *numbers, config=config, **constants)
     return of_queries, of_keys, splits
 

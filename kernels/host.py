@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -239,6 +239,54 @@ def _interpretable(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(shape, dtype=dtype)
+
+
+class Places(NamedTuple):
+    """What a plan may depend on of `Gradients`: the strides of those that are needed."""
+
+    q: tuple[int, ...] | None
+    k: tuple[int, ...] | None
+    v: tuple[int, ...] | None
+    packed: bool
+
+    @property
+    def need(self) -> Need:
+        return self.q is not None, self.k is not None, self.v is not None
+
+    @property
+    def of_queries(self) -> tuple[int, ...]:
+        """Strides of samples and tokens."""
+        return (self.q or (0, 0))[:2]
+
+    @property
+    def of_keys(self) -> tuple[int, ...]:
+        """The same of k and v, which lie alike."""
+        return (self.k or self.v or (0, 0))[:2]
+
+
+class Gradients(NamedTuple):
+    """Memory for gradients, (B, N, H, D) and (B, M, H, D), with the heads of a token one after the
+    other; None where one is not needed. `packed`: so lie the k and v of a token, too."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    packed: bool = False
+
+    @property
+    def facts(self) -> Places:
+        q, k, v, packed = self
+        return Places(
+            None if q is None else q.stride(),
+            None if k is None else k.stride(),
+            None if v is None else v.stride(),
+            packed,
+        )
+
+
+def or_(unused: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """What kernels write to; `unused` where there is nothing to write."""
+    return [unused if t is None else t for t in tensors]
 
 
 def rows(*tensors: Any) -> list[Any]:

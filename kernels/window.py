@@ -17,7 +17,7 @@ from torch import Tensor
 from ..geometry import WindowGrid
 from . import host
 from .configs import Config
-from .host import Need, Plan, planned
+from .host import Gradients, Places, Plan, planned
 from .tile import (
     LOG2E,
     box_size,
@@ -132,7 +132,7 @@ def window_forward(
 
 @triton.jit
 def _tile_gradients(
-    q, k, v, g, dq, dk, dv, own, tile, geometry, q_n, k_n, v_n, g_n, heads, scale,
+    q, k, v, g, dq, dk, dv, own, tile, geometry, q_n, k_n, v_n, g_n, d_n, scale,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     SLOTS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -140,7 +140,7 @@ def _tile_gradients(
 ):  # fmt: skip
     """Gradients of one tile of one head; `own` is where that head's gradients begin."""
     GROUPS: tl.constexpr = ROWS // SLOTS
-    OUT: tl.constexpr = D & -D  # what divides the strides of contiguous gradients
+    OUT: tl.constexpr = D & -D  # divides the strides of gradients, whose rows are whole heads
     token, group, valid = _rows(tile, geometry, SLOTS, ROWS)
     q0, q1 = load_rows(q, token, q_n, valid, D, D0, D1, ALIGN)
     k0, k1 = load_rows(k, token, k_n, valid, D, D0, D1, ALIGN)
@@ -153,32 +153,33 @@ def _tile_gradients(
     p = _contained(p / total[:, None], pair, GROUPS)
     if NEED_V:
         x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
-        store_rows(dv + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+        store_rows(dv + own, token, d_n, valid, x0, x1, D, D0, D1, OUT)
     if NEED_Q or NEED_K:
         dp = _contained(outer(g0, g1, v0, v1, D1, PRECISION), pair, GROUPS)
         ds = _contained(softmax_gradient(p, dp, 1), pair, GROUPS) * scale
         if NEED_Q:
             x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
-            store_rows(dq + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+            store_rows(dq + own, token, d_n, valid, x0, x1, D, D0, D1, OUT)
         if NEED_K:
             x0, x1 = _contained_product(tl.trans(ds), q0, q1, group, D1, PRECISION, GROUPS)
-            store_rows(dk + own, token, heads * D, valid, x0, x1, D, D0, D1, OUT)
+            store_rows(dk + own, token, d_n, valid, x0, x1, D, D0, D1, OUT)
 
 
-@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h", "share"))
+@triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h", "d_b", "d_n", "share"))
 def window_backward(
     q, k, v, g, dq, dk, dv,
     q_b: tl.int64, q_n: tl.int64, q_h: tl.int64,
     k_b: tl.int64, k_n: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_n: tl.int64, v_h: tl.int64,
     g_b: tl.int64, g_n: tl.int64, g_h: tl.int64,
-    heads, scale, f, h, w, pf, ph, pw, of, oh, ow, share,
+    d_b: tl.int64, d_n, heads, scale, f, h, w, pf, ph, pw, of, oh, ow, share,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `window_forward`, g being that of out; dq, dk, dv (B, N, H, D) are contiguous.
+    """Gradients of `window_forward`, g being that of out; dq, dk, dv (B, N, H, D) have the strides
+    d_b and d_n, and the heads of a token one after the other.
 
     With P the weights: dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - rowsum(P ∘ dP));
     dQ = scale · dS K;  dK = scale · dSᵀ Q.
@@ -197,17 +198,17 @@ def window_backward(
     k += head_offset(batch, head, k_b, k_h, ALIGN)
     v += head_offset(batch, head, v_b, v_h, ALIGN)
     g += head_offset(batch, head, g_b, g_h, ALIGN)
-    own = head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, D & -D)
+    own = head_offset(batch, head, d_b, D, D & -D)
     if GROUPS == 1:
         for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
             _tile_gradients(
                 q, k, v, g, dq, dk, dv, own, tile, geometry, q_n, k_n, v_n, g_n,
-                heads, scale, NEED_Q, NEED_K, NEED_V, SLOTS, ROWS, D, D0, D1, ALIGN, PRECISION,
+                d_n, scale, NEED_Q, NEED_K, NEED_V, SLOTS, ROWS, D, D0, D1, ALIGN, PRECISION,
             )  # fmt: skip
     else:
         _tile_gradients(
             q, k, v, g, dq, dk, dv, own, first, geometry, q_n, k_n, v_n, g_n,
-            heads, scale, NEED_Q, NEED_K, NEED_V, SLOTS, ROWS, D, D0, D1, ALIGN, PRECISION,
+            d_n, scale, NEED_Q, NEED_K, NEED_V, SLOTS, ROWS, D, D0, D1, ALIGN, PRECISION,
         )  # fmt: skip
 
 
@@ -225,14 +226,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float) 
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float, g: Tensor, need: Need
-) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv; None where `need` says that one is not."""
+    q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float, g: Tensor, into: Gradients
+) -> None:
+    """Writes `into`."""
     q, k, v, g = host.rows(q, k, v, g)
-    gradients = [host.empty(q, *q.shape) if needed else None for needed in need]
-    plan = _backward_plan(*host.facts(q, k, v, g), windows, scale, need, host.target(q))
-    plan.start(q, k, v, g, *(g if t is None else t for t in gradients))
-    return tuple(gradients)
+    facts = host.facts(q, k, v, g)
+    plan = _backward_plan(*facts, into.facts, windows, scale, host.target(q))
+    plan.start(q, k, v, g, *host.or_(g, into.q, into.k, into.v))
 
 
 @planned
@@ -248,15 +248,17 @@ def _forward_plan(
 
 @planned
 def _backward_plan(
-    q: Any, k: Any, v: Any, g: Any, windows: WindowGrid, scale: float, need: Need,
+    q: Any, k: Any, v: Any, g: Any, into: Places, windows: WindowGrid, scale: float,
     target: tuple[str, str],
 ) -> Plan:  # fmt: skip
     b, _, heads, _ = q[0]
     tiles, config, sizes = _tiles("window_backward", q, windows, target)
     alone = sizes["SLOTS"] == sizes["ROWS"]
     share = max(1, min(MOST_TILES, tiles // FEW_TILES)) if alone else 1
-    numbers = (*host.strides_of(q, k, v, g), heads, scale, *host.geometry(windows), share)
-    constants = host.needs(need) | sizes | host.attention_tiles(target[1], q, k, v, g)
+    own = into.of_queries if into.q else into.of_keys  # all lie alike
+    before = (*host.strides_of(q, k, v, g), *own, heads, scale)
+    numbers = (*before, *host.geometry(windows), share)
+    constants = host.needs(into.need) | sizes | host.attention_tiles(target[1], q, k, v, g)
     programs = b * host.cdiv(tiles, share) * heads
     return Plan(
         window_backward, programs, *numbers, config=config, STAGES=config.stages, **constants

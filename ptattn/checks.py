@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .context import autocast_dtype
 from .geometry import WindowGrid
+from .packed import unpacked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,6 +38,28 @@ def window_attention(windows: WindowGrid, q: Tensor, k: Tensor, v: Tensor) -> No
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q, k and v must have one shape (B, N, H, D); got {shapes}")
     _tokens(windows, q=q)
+
+
+def packed_attention(_: None, q: Tensor, kv: Tensor | None, key_mask: Tensor | None) -> None:
+    if kv is None:
+        _packed(3, q=q)
+    else:
+        _tensors(4, "(B, N, H, D)", q=q)
+        _packed(2, kv=kv)
+    attention(None, *unpacked(q, kv), key_mask)
+
+
+def packed_window_attention(windows: WindowGrid, qkv: Tensor) -> None:
+    _packed(3, qkv=qkv)
+    window_attention(windows, *unpacked(qkv))
+
+
+def _packed(count: int, **tensor: Tensor) -> None:
+    shape = f"(B, N, {count}, H, D)"
+    _tensors(5, shape, **tensor)
+    for name, t in tensor.items():
+        if t.shape[2] != count:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(t.shape)}")
 
 
 def _tensors(ndim: int, shape: str, **tensors: Tensor) -> None:

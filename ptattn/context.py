@@ -28,6 +28,9 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+profiled = torch._C._autograd._profiler_enabled
+
+
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -53,8 +56,9 @@ def observed(*tensors: Tensor | None) -> bool:
     """Whether a call must go through torch's dispatcher, as somebody looks at what passes there.
 
     That is torch.compile and other tracers, every dispatch mode (FLOP counting, selective
-    checkpointing, fake tensors), transforms, the profiler, tensors of other classes and of "meta",
-    and tensors whose memory is not what they say: batches of gradients, and views not yet negated.
+    checkpointing, fake tensors), transforms, tensors of other classes and of "meta", and tensors
+    whose memory is not what they say: batches of gradients, and views not yet negated. Not the
+    profiler, which is to see what runs without it.
     """
     given = [t for t in tensors if t is not None]
     return (
@@ -62,7 +66,6 @@ def observed(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
         or not _PLAIN.issuperset(map(type, given))
         or given[0].is_meta
         or any(map(torch._C._functorch.is_legacy_batchedtensor, given))

@@ -123,11 +123,11 @@ class SelfAttention(_Attention):
 
     def attend(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
         """The heads' outputs, not yet projected."""
-        q, k, v = feed(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        qkv = feed(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if windows is None:
-            out = ops.attention(q, k, v, backend=self.backend)
+            out = ops.packed_attention(qkv, backend=self.backend)
         else:
-            out = ops.window_attention(q, k, v, windows, backend=self.backend)
+            out = ops.packed_window_attention(qkv, windows, backend=self.backend)
         return out.flatten(2)
 
 
@@ -153,8 +153,8 @@ class CrossAttention(_Attention):
         """The heads' outputs, not yet projected."""
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         packed = context.packed if isinstance(context, KeysValues) else self.kv(context)
-        k, v = packed.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
-        return ops.attention(q, k, v, key_mask=key_mask, backend=self.backend).flatten(2)
+        kv = packed.unflatten(-1, (2, self.num_heads, self.head_dim))
+        return ops.packed_attention(q, kv, key_mask=key_mask, backend=self.backend).flatten(2)
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """Of a context (B, M, C), by the weights as they are now."""

@@ -20,6 +20,7 @@ from .backends import Backend
 from .context import autocast_dtype, transformed
 from .geometry import NO_SHIFT, WindowGrid, window_grid
 from .memo import Memo
+from .packed import unpacked
 
 
 def window_mean(
@@ -248,6 +249,59 @@ def window_attention(
     return run(q, k, v, windows, q.shape[-1] ** -0.5 if scale is None else _number(scale))
 
 
+def packed_attention(
+    q: Tensor,
+    kv: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`attention` of packed projections, whose gradient the kernels write as one.
+
+    The same as of their slices, where torch has to stack the gradients of q, k and v.
+
+    Args:
+        q: (B, N, 3, H, D) queries, keys and values; or with kv (B, N, H, D) queries.
+        kv: (B, M, 2, H, D) keys and values.
+        key_mask, scale, backend: as in `attention`.
+
+    Returns:
+        (B, N, H, D), contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `attention`.
+    """
+    run = _backend(backend, checks.packed_attention, None, q, kv, key_mask).packed_attention
+    return run(q, kv, key_mask, q.shape[-1] ** -0.5 if scale is None else _number(scale))
+
+
+def packed_window_attention(
+    qkv: Tensor,
+    grid: Sequence[int] | WindowGrid,
+    window: Sequence[int] | None = None,
+    shift: Sequence[int] = NO_SHIFT,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`window_attention` of a packed projection, as `packed_attention`.
+
+    Args:
+        qkv: (B, N, 3, H, D) queries, keys and values of tokens in raster order.
+        grid, window, shift, scale, backend: as in `window_attention`.
+
+    Returns:
+        (B, N, H, D), contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `window_attention`.
+    """
+    windows = window_grid(grid, window, shift)
+    run = _backend(backend, checks.packed_window_attention, windows, qkv).packed_window_attention
+    return run(qkv, windows, qkv.shape[-1] ** -0.5 if scale is None else _number(scale))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the backend that `auto` takes, and why each other one cannot run."""
@@ -280,7 +334,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op not in _OPS:
         raise ValueError(f"op must be one of {', '.join(_OPS)}; got {op!r}")
     given = inspect.signature(_OPS[op]).bind_partial(*args, **kwargs).arguments
-    tensors = [a for a in given.values() if isinstance(a, Tensor)]
+    tensors = unpacked(*[a for a in given.values() if isinstance(a, Tensor)])
     geometry = [given[name] for name in ("grid", "window", "shift") if name in given]
     windows = window_grid(*geometry) if geometry else None
     reasons = {
@@ -300,6 +354,8 @@ _OPS = {
         residual_layer_norm_window_mean,
         attention,
         window_attention,
+        packed_attention,
+        packed_window_attention,
     )
 }
 
@@ -340,7 +396,7 @@ def _settle(
     name: str, check: Callable[..., None], windows: WindowGrid | None, *tensors: Any
 ) -> Backend:
     check(windows, *tensors)
-    inputs = [t for t in tensors if t is not None and t.is_floating_point()]
+    inputs = unpacked(*[t for t in tensors if t is not None and t.is_floating_point()])
     return backends.load(backends.resolve(name, *inputs, windows=windows))
 
 

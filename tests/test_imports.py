@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The one import order of the project, quoted by the documents. A unit is a module or subpackage of
 # ptattn; each imports only from lines above its own.
 ORDER = [
-    {"memo", "context", "capture", "files", "command_line"},
+    {"memo", "packed", "context", "capture", "files", "command_line"},
     {"geometry", "recompute"},
     {"kernels", "checks"},
     {"backends"},

@@ -47,6 +47,13 @@ class Backend(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale: float
     ) -> Tensor: ...
 
+    def packed_attention(
+        self, q: Tensor, kv: Tensor | None, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """`attention` of q and packed kv (B, M, 2, H, D), or of packed qkv (B, N, 3, H, D)."""
+
+    def packed_window_attention(self, qkv: Tensor, windows: WindowGrid, scale: float) -> Tensor: ...
+
 
 def load(backend: str) -> Backend:
     """The module that runs a backend; that of triton is imported when first asked for."""

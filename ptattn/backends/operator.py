@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.flop_counter import register_flop_formula
 
-from ..context import observed
+from ..context import observed, profiled
 from ..geometry import WindowGrid, window_grid
 from ..kernels.host import KernelError
 
@@ -61,8 +62,11 @@ class Operator:
             )
 
     def run(self, *args: Any) -> Any:
-        """By the kernels; errors name the operator and its tensors."""
+        """By the kernels; a profile and errors name the operator, errors its tensors."""
         try:
+            if profiled():
+                with record_function(f"ptattn::{self.name}"):
+                    return self._run(*args)
             return self._run(*args)
         except (torch.OutOfMemoryError, KernelError) as error:
             got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in args if isinstance(t, Tensor))
@@ -137,7 +141,7 @@ class Differentiable:
         """`forward` by the shortest way."""
         tensors = args[: self.forward.tensors]
         if observed(*tensors):
-            return self.forward.dispatch(*self.forward.split(args))
+            return self._dispatch(*args)
         if torch.is_grad_enabled():
             for t in tensors:
                 if t is not None and t.requires_grad:
@@ -147,8 +151,14 @@ class Differentiable:
     def _backward(self, *args: Any) -> Any:
         """`backward`, by the dispatcher where it records for a second derivative, to refuse it."""
         if torch.is_grad_enabled() or observed(*args[: self.backward.tensors]):
-            return self.backward.dispatch(*self.backward.split(args))
+            return self._dispatch_backward(*args)
         return self.backward.run(*args)
+
+    def _dispatch(self, *args: Any) -> Any:
+        return self.forward.dispatch(*self.forward.split(args))
+
+    def _dispatch_backward(self, *args: Any) -> Any:
+        return self.backward.dispatch(*self.backward.split(args))
 
 
 def _made(output: Any, like: Tensor) -> Any:

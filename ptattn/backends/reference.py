@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import WindowGrid
+from ..packed import unpacked
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -71,3 +72,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
     outs = [attention(q[:, m], k[:, m], v[:, m], None, scale) for m in members]
     order = torch.cat(members).argsort()
     return torch.cat(outs, dim=1)[:, order]
+
+
+def packed_attention(q: Tensor, kv: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
+    return attention(*unpacked(q, kv), key_mask, scale)
+
+
+def packed_window_attention(qkv: Tensor, windows: WindowGrid, scale: float) -> Tensor:
+    return window_attention(*unpacked(qkv), windows, scale)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Segment, WindowGrid
+from ..packed import unpacked
 
 Slab = tuple[Segment, ...]  # a run of windows on each axis
 
@@ -75,6 +76,14 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
 
     out = _by_slab(attend, tuple(t.unflatten(1, (f, h, w)) for t in (q, k, v)), runs)
     return out.flatten(1, 3).contiguous()
+
+
+def packed_attention(q: Tensor, kv: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
+    return attention(*unpacked(q, kv), key_mask, scale)
+
+
+def packed_window_attention(qkv: Tensor, windows: WindowGrid, scale: float) -> Tensor:
+    return window_attention(*unpacked(qkv), windows, scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

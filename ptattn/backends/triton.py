@@ -1,7 +1,7 @@
 """The triton backend: the kernels as differentiable operations.
 
-For the backward, attention keeps q, k and v, and where the kernel loops over its keys the output
-and its log-sum-exp; a window mean keeps nothing, LayerNorm its input.
+For the backward, attention keeps q, k and v, packed or not as they came, and where the kernel loops
+over its keys the output and its log-sum-exp; a window mean keeps nothing, LayerNorm its input.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..kernels import host
 from ..kernels import norm as norm_kernels
 from ..kernels import pool as pool_kernels
 from ..kernels.host import Need
+from ..packed import num_slices, unpacked
 from .operator import Differentiable, Operator
 
 INTERPRETED, TRITON, MAX_WINDOW = host.INTERPRETED, host.TRITON, host.MAX_WINDOW
@@ -59,12 +60,47 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: WindowGrid, scale
     return _window_attention(q, k, v, windows, scale)[0]
 
 
+def packed_attention(q: Tensor, kv: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
+    """As `attention`."""
+    dtype = _dtype(q)
+    if dtype != q.dtype:
+        q, kv = q.to(dtype), None if kv is None else kv.to(dtype)
+    return _attention(q, kv, None, key_mask, scale)[0]
+
+
+def packed_window_attention(qkv: Tensor, windows: WindowGrid, scale: float) -> Tensor:
+    """As `attention`."""
+    dtype = _dtype(qkv)
+    qkv = qkv if dtype == qkv.dtype else qkv.to(dtype)
+    return _window_attention(qkv, None, None, windows, scale)[0]
+
+
 def _dtype(x: Tensor) -> torch.dtype:
     """That of x, or of autocast; float64 stays."""
     return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
 
 
-# Attention.
+# Attention, of q, k and v as they came, packed or not: see `kernels.attention`.
+
+
+class _Attention(Differentiable):
+    """The registered operators take three tensors, as their outputs may not share memory."""
+
+    def _dispatch(self, *args: Any) -> Any:
+        return super()._dispatch(*unpacked(*args[:3]), *args[3:])
+
+    def _dispatch_backward(self, *args: Any) -> Any:
+        given, rest = args[:3], args[3:-1]
+        pairs = list(zip(given, args[-1], strict=True))
+        need = [needed for t, needed in pairs for _ in range(num_slices(t))]
+        found = iter(super()._dispatch_backward(*unpacked(*given), *rest, need))
+        slices = [[next(found) for _ in range(num_slices(t))] for t in given]
+        return tuple(
+            [
+                None if not needed else own[0] if t.ndim == 4 else torch.stack(own, 2)
+                for (t, needed), own in zip(pairs, slices, strict=True)
+            ]
+        )
 
 
 def _lse(q: Tensor, looped: bool) -> Tensor | None:
@@ -88,15 +124,15 @@ def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
 
 
 def _attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, key_mask: Tensor | None, out: Tensor | None,
     lse: Tensor | None, grad: Tensor, scale: float, need: Need,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     return attention_kernels.dense_backward(q, k, v, key_mask, scale, out, lse, grad, need)
 
 
 def _window_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad: Tensor,
-    windows: WindowGrid, scale: float, need: Need,
+    q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor | None, lse: Tensor | None,
+    grad: Tensor, windows: WindowGrid, scale: float, need: Need,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     return attention_kernels.windowed_backward(q, k, v, windows, scale, out, lse, grad, need)
 
@@ -158,7 +194,7 @@ def _products(forward: int, need: Need) -> int:
     return forward // 2 * (1 + need_v + (need_q or need_k) + need_q + need_k)
 
 
-_attention = Differentiable(
+_attention = _Attention(
     Operator(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale)"
         " -> (Tensor, Tensor)",
@@ -177,7 +213,7 @@ _attention = Differentiable(
     _attention_gradients,
 )
 
-_window_attention = Differentiable(
+_window_attention = _Attention(
     Operator(
         "window_attention(Tensor q, Tensor k, Tensor v, SymInt[3] grid, SymInt[3] window,"
         " SymInt[3] shift, float scale) -> (Tensor, Tensor)",

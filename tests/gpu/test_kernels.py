@@ -1,12 +1,15 @@
 """The compiled kernels on a GPU: every result against the rule of the tolerance rule, or exact."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import ptattn
 from ptattn.bench import op_cases, op_parity
+from ptattn.packed import unpacked
 from tests.support.cases import GRIDS, HEAD_DIMS, LAYOUTS
-from tests.support.checks import dense, each, means, windows
+from tests.support.checks import dense, each, means, tokens_of, windows
 from tests.support.gpu import (
     DEVICE,
     attention,
@@ -91,6 +94,41 @@ def test_dense_keys(keys, masked, dtype):
 def test_layouts(lengths, layout):
     sizes = dict(dtype=bf16, head_dim=72, layout=layout, upstream=layout)
     hold(windows, **sizes) if lengths is None else hold(dense, lengths, **sizes)
+
+
+# Queries and keys of a grid's tokens, of one input, and of two.
+PACKED = {
+    "windows": ((19, 21), (8, 8), (4, 4)),
+    "windows that share tiles": ((7, 9), (2, 2), (1, 1)),
+    "windows that loop": ((19, 35), (16, 16), (8, 8)),
+    "few keys of one input": 100,
+    "many keys of one input": 400,
+    "few keys": (1000, 70),
+    "many keys": (1000, 200),
+}
+
+
+@each("dtype", DTYPES)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_gradients(name, dtype):
+    """The gradient of a packed projection has the bits of its slices' stacked, and no stack."""
+    sizes, shape = PACKED[name], (2, 72)
+    if name.startswith("windows"):
+        given = (normal(2, tokens_of(sizes[0]), 3, *shape, dtype=dtype),)
+        functions = ptattn.ops.window_attention, ptattn.ops.packed_window_attention
+        options = dict(zip(("grid", "window", "shift"), sizes, strict=True))
+    else:
+        functions, options = (ptattn.ops.attention, ptattn.ops.packed_attention), {}
+        lengths = [(sizes, 3)] if isinstance(sizes, int) else [(sizes[0], 1), (sizes[1], 2)]
+        given = [normal(2, n, count, *shape, dtype=dtype).squeeze(2) for n, count in lengths]
+    of_slices, of_packed = (partial(f, **options, backend="triton") for f in functions)
+    g = normal(2, given[0].shape[1], *shape, dtype=dtype)
+    expected = with_gradients(lambda *packed: of_slices(*unpacked(*packed)), given, g)
+    with torch.profiler.profile() as profile:
+        found = with_gradients(of_packed, given, g)
+    for got, exact in zip(found, expected, strict=True):
+        assert torch.equal(got, exact)
+    assert not {"aten::stack", "aten::cat"} & {event.name for event in profile.events()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

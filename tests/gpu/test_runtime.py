@@ -107,6 +107,18 @@ def test_windows_past_2_31_elements(long_video):
     assert same_bits([t[:, LAST] for t in whole], frame)
 
 
+def test_packed_gradients_past_2_31_elements(long_video):
+    """Of one sample's slices, the strides of a packed gradient pass what one of a slice does."""
+    grad_out = torch.randn_like(long_video[:, :, 0])
+
+    def attend(qkv, grid):
+        return ptattn.ops.packed_window_attention(qkv, grid, (1, 8, 8), (0, 4, 4), backend="triton")
+
+    whole = with_gradients(attend, (long_video,), grad_out, (FRAMES, *FRAME))
+    frame = with_gradients(attend, (long_video[:, LAST],), grad_out[:, LAST], (1, *FRAME))
+    assert same_bits([t[:, LAST] for t in whole], frame)
+
+
 @pytest.mark.parametrize("keys", [64, 300])
 def test_queries_past_2_31_elements(long_video, keys):
     q, (k, v) = long_video[:, :, 1], normal(1, keys, 2, H, D).unbind(2)
