@@ -54,7 +54,7 @@ LIMITS = {
         "attention": (30, 30, 60),
         "window_attention": (30, 30, 60),
         "window_attention, large windows": (35, 35, 70),
-        "ProxyAttention": (290, 290, 540),
+        "ProxyAttention": (290, 300, 545),
         "PT-DiT block, text": (345, 375, 740),
         "PT-DiT block, classes": (310, 345, 695),
         "DiT block": (95, 120, 260),
