@@ -26,6 +26,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def backward_pass() -> int:
+    """The number of the backward pass that calls this code, such as a checkpoint's; or -1."""
+    return torch._C._current_graph_task_id()
+
+
 _PLAIN = {Tensor, nn.Parameter}
 
 
