@@ -121,7 +121,10 @@ class CallGrid:
                 self._set(call, grid)
                 return
         if call is None:
-            _CALL.set(_Call(self, _CALL.get(), None, grid))
+            outer = _CALL.get()
+            while outer is not None and outer.owner is None and outer.backward >= 0:
+                outer = outer.outer  # of a backward pass that is over
+            _CALL.set(_Call(self, outer, None, grid))
         else:
             call.doubtful = not call.asked and (call.doubtful or call.grid != grid)
             call.grid, call.asked = grid, False
@@ -129,8 +132,10 @@ class CallGrid:
     def _enter(self, block: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        tokens = _first_tensor((*args, *kwargs.values()))
-        grid, call = self._find(tokens), self._call()
+        call = self._call()
+        if call is not None and call.owner is not None and not call.marks:
+            return  # within a call that nothing is computed once more of
+        grid = self._find(_first_tensor((*args, *kwargs.values())))
         if grid is not None and (call is None or call.owner is None):
             self._begin(block, grid)
 
@@ -138,9 +143,11 @@ class CallGrid:
         if torch.compiler.is_compiling():
             return
         call = self._call()
-        if call is not None and call.marks:
-            self._mark(_first_tensor(output), call.grid)
-        if call is not None and call.owner is module:
+        if call is None or call.owner not in (None, module):
+            return
+        # Where no call of the model goes on, what a block returns must say its grid to the next.
+        self._mark(_first_tensor(output), call.grid)
+        if call.owner is module:
             self._end(call)
 
     # Calls.

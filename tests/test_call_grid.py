@@ -234,15 +234,20 @@ def checkpointed(pixart, **options):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_a_block_computed_once_more(pixart, reentrant):
-    """Between forward and backward, the model ran on an image of the other grid."""
+@pytest.mark.parametrize("threaded", [False, True], ids=["", "thread"])
+def test_a_block_computed_once_more(pixart, reentrant, threaded):
+    """Between forward and backward, the model ran on an image of the other grid. On GPUs, autograd
+    has threads of its own."""
     model, fixed = pixart
     checkpointed(model, use_reentrant=reentrant)
     made = [PixArt.run(model, grid) for grid in GRIDS]
     for output, (grid, other) in zip(made, fixed.items(), strict=True):
         expected = PixArt.run(other, grid)
         assert torch.equal(output, expected)
-        assert_same_math(gradients(output, model), gradients(expected, other))
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.map if threaded else map
+            (ours,) = run(gradients, [output], [model])
+        assert_same_math(ours, gradients(expected, other))
 
 
 def test_blocks_computed_once_more_together(vit):
@@ -257,6 +262,24 @@ def test_blocks_computed_once_more_together(vit):
         expected = last(pieces(ViT, other, grid))
         assert torch.equal(output, expected)
         assert_same_math(gradients(output, model.blocks), gradients(expected, other.blocks))
+
+
+def test_a_method_computed_once_more(vit):
+    """With its patch embedding, whose loose calls do not pile up."""
+    model, fixed = vit
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    for x, other in zip(
+        (images, images.mT, images), (*fixed.values(), fixed[GRIDS[0]]), strict=True
+    ):
+        output = checkpoint(model.forward_features, x, use_reentrant=False)
+        model.forward_features(x.mT)
+        expected = gradients(other.forward_features(x), other.blocks)
+        assert_same_math(gradients(output, model.blocks), expected)
+    call, count = call_grid._CALL.get(), 0
+    while call is not None:
+        count += call.of is model.blocks[0].attn.calls
+        call = call.outer
+    assert count <= 2
 
 
 def test_a_block_computed_once_more_from_a_copy_of_its_input(pixart):
