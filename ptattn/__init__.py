@@ -10,6 +10,7 @@ from .models.fuse import fuse, unfuse
 from .ops import attention, explain, window_attention, window_mean
 from .proxy_attention import ProxyAttention
 from .replace import AttentionReport, replace_attention, restore_attention
+from .replaced import load_replaced, save_replaced
 
 __all__ = [
     "AttentionReport",
@@ -23,9 +24,11 @@ __all__ = [
     "flops",
     "fuse",
     "graphed",
+    "load_replaced",
     "models",
     "replace_attention",
     "restore_attention",
+    "save_replaced",
     "unfuse",
     "window_attention",
     "window_mean",

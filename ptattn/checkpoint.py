@@ -10,19 +10,18 @@ are packed, so each of our tensors is one or several of theirs stacked along the
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import files
+from . import files, state_dicts
 from .models import DiT, ModelConfig, PixArt, PTDiT
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # the name that diffusers looks for
+WEIGHTS_FILE = f"{state_dicts.WEIGHTS}.safetensors"
 
 Model = PTDiT | DiT | PixArt
 _CLASSES: dict[str, type[Model]] = {family.__name__: family for family in (PTDiT, DiT, PixArt)}
@@ -95,66 +94,90 @@ def save_model(model: Model, folder: str | Path) -> None:
     This is the layout of a diffusers component. Both files are replaced whole or not at all.
 
     Raises:
-        TypeError: another kind of model.
+        TypeError: another kind of model, or one within a wrapper, such as DDP's.
+        ValueError: tensors that are not of its configuration, such as LoRA's, or quantized ones; a
+            folder that holds shards.
         OSError: a folder or file that cannot be written, such as on a full disk.
         ImportError: no safetensors (`pip install ptattn[hub]`).
     """
-    names = [name for name, family in _CLASSES.items() if isinstance(model, family)]
-    if not names:
-        raise TypeError(f"model must be a {', '.join(_CLASSES)}; got {type(model).__name__}")
+    name = _family(model)
+    weights = model.state_dict()
+    with torch.device("meta"):
+        plain = _CLASSES[name](model.model_config)
+    state_dicts.check(
+        weights,
+        plain.state_dict(),
+        "model has other tensors than its configuration: merge adapters, undo torch.compile(block)",
+    )
+    odd = {name for name, tensor in weights.items() if type(tensor) is not Tensor}
+    state_dicts.refuse("model must have plain tensors, not quantized or sharded ones", got=odd)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": names[0], **dataclasses.asdict(model.model_config)}
-    files.write_tensors(model.state_dict(), folder / WEIGHTS_FILE)
+    path = folder / WEIGHTS_FILE
+    if (other := state_dicts.find(folder).get("", path)).suffix == ".json":
+        raise ValueError(f"{folder} holds the shards of {other.name}: remove them first")
+    files.write_tensors(weights, path)
+    config = {"_class_name": name, **dataclasses.asdict(model.model_config)}
     files.write_json(config, folder / CONFIG_FILE)
 
 
-def load_model(folder: str | Path, *, backend: str = "auto") -> Model:
+def load_model(folder: str | Path, *, variant: str | None = None, backend: str = "auto") -> Model:
     """Read a model that `save_model`, or diffusers' `save_pretrained`, has written.
 
     Args:
-        folder: of config.json and diffusion_pytorch_model.safetensors.
+        folder: of config.json and diffusion_pytorch_model.safetensors, or the .bin of older
+            diffusers, whole or in shards.
+        variant: which weights, such as "fp16"; by default the plain ones, or the only ones.
         backend: of every attention.
 
     Returns:
-        The model in its saved dtype, on the CPU.
+        The model in its saved dtypes, on the CPU.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: every unknown or missing key of config.json, or every unknown, missing or
-            misshapen tensor; a corrupt or truncated file.
+        ValueError: unknown or missing keys of config.json, or unknown, missing or misshapen
+            tensors; a corrupt or truncated file; several variants to choose from.
         ImportError: no safetensors (`pip install ptattn[hub]`).
     """
     folder = Path(folder)
     family, config = _own_config(folder / CONFIG_FILE)
     with torch.device("meta"):
         model = family(config, backend=backend)
-    weights = files.read_tensors(folder / WEIGHTS_FILE)
-    _check_tensors(weights, model.state_dict(), str(folder / WEIGHTS_FILE))
+    found, path = state_dicts.read_folder(folder, variant)
+    own = model.state_dict()
+    weights = state_dicts.unwrapped(found, own)
+    state_dicts.check(weights, own, f"{path} does not fit the configuration")
     model.load_state_dict(weights, assign=True)
     return model
 
 
 def from_official(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], *, backend: str = "auto"
+    state_dict: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    key: str | None = None,
+    backend: str = "auto",
 ) -> PTDiT:
     """Build a PTDiT from the released model's weights.
 
     Args:
-        state_dict: tensors by released name, such as `transformer_blocks.0.attn1.to_q.weight`.
+        state_dict: tensors by released name, such as `transformer_blocks.0.attn1.to_q.weight`, also
+            within what a training script has saved, or with the prefixes of wrappers.
         config: num_layers, num_heads, head_dim, window, proxy_window, shift_window, in_channels,
             out_channels, patch_size, sample_size, caption_channels; or the "predictor" of the
             release's inference configuration, which has more keys.
+        key: where state_dict holds several sets of weights, such as "ema".
         backend: of every attention.
 
     Returns:
         A model that shares no memory with `state_dict` and has its dtype and device.
 
     Raises:
-        ValueError: every unknown, missing or unsupported key of `config`, or every unknown,
-            missing or misshapen tensor.
+        ValueError: unknown, missing or unsupported keys of `config`, or unknown, missing or
+            misshapen tensors; no weights, or several sets and no key.
     """
-    return _from_official(state_dict, config, backend, "state_dict")
+    tensors = files.tensors_in(state_dict, "state_dict", key)
+    return _from_official(tensors, config, backend, "state_dict")
 
 
 def to_official(model: PTDiT) -> dict[str, Tensor]:
@@ -168,7 +191,9 @@ def to_official(model: PTDiT) -> dict[str, Tensor]:
         raise ValueError("the released layout is for text models; got a class-conditional one")
     stacks = list(_stacks(model.model_config.depth))
     unknown = set(model.state_dict()) - {name for name, _ in stacks}
-    _refuse("the released layout has no place for adapters: merge them first", unknown=unknown)
+    state_dicts.refuse(
+        "the released layout has no place for adapters: merge them first", unknown=unknown
+    )
     theirs: dict[str, Tensor] = {}
     for name, parts in stacks:
         tensor = model.get_parameter(name).detach()
@@ -186,7 +211,9 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
     return {**fields, "head_dim": config.dim // config.num_heads}
 
 
-def load_official(path: str | Path, config: Mapping[str, Any], *, backend: str = "auto") -> PTDiT:
+def load_official(
+    path: str | Path, config: Mapping[str, Any], *, key: str | None = None, backend: str = "auto"
+) -> PTDiT:
     """`from_official` on a file: .safetensors, or .pt / .pth / .bin read with `weights_only=True`.
 
     Raises:
@@ -195,29 +222,34 @@ def load_official(path: str | Path, config: Mapping[str, Any], *, backend: str =
             refuses.
         ImportError: .safetensors without the safetensors package (`pip install ptattn[hub]`).
     """
-    return _from_official(files.read_tensors(Path(path)), config, backend, str(path))
+    return _from_official(files.read_tensors(Path(path), key), config, backend, str(path))
 
 
 def save_official(model: PTDiT, path: str | Path) -> None:
     """Write `to_official` to a file: .safetensors, or .pt / .pth / .bin.
 
     Raises:
-        ValueError: another ending, or a class-conditional model.
+        ValueError: another ending, a class-conditional model, adapters, or several dtypes.
         OSError: a file that cannot be written, such as on a full disk.
         ImportError: .safetensors without the safetensors package (`pip install ptattn[hub]`).
     """
-    files.write_tensors(to_official(model), Path(path))
+    tensors = to_official(model)
+    _check_one_kind(tensors, "model")
+    files.write_tensors(tensors, Path(path))
 
 
 def _from_official(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], backend: str, where: str
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], backend: str, where: str
 ) -> PTDiT:
     with torch.device("meta"):
         model = PTDiT(_model_config(config), backend=backend)
-    _check_tensors(state_dict, to_official(model), where)
+    wanted = to_official(model)
+    tensors = state_dicts.unwrapped(tensors, wanted)
+    state_dicts.check(tensors, wanted, f"{where} does not fit the configuration")
+    _check_one_kind(tensors, where)
     own = {}
     for name, parts in _stacks(model.model_config.depth):
-        stacked = torch.cat([state_dict[part] for part in parts])
+        stacked = torch.cat([tensors[part] for part in parts])
         own[name] = stacked.reshape(model.get_parameter(name).shape)
     model.load_state_dict(own, assign=True)
     return model
@@ -258,7 +290,7 @@ def _model_config(config: Mapping[str, Any]) -> ModelConfig:
         for key, value in _CONFIG_FIXED.items()
         if given.get(key, value) != value
     }
-    _refuse(
+    state_dicts.refuse(
         "config does not fit",
         unknown=set(given) - needed - set(_CONFIG_FIXED) - _CONFIG_UNUSED,
         missing=needed - set(given),
@@ -266,6 +298,27 @@ def _model_config(config: Mapping[str, Any]) -> ModelConfig:
     )
     fields = {ours: given[theirs] for theirs, ours in _CONFIG.items()}
     return ModelConfig(dim=given["num_heads"] * given["head_dim"], **fields)
+
+
+def _family(model: nn.Module) -> str:
+    for name, family in _CLASSES.items():
+        if isinstance(model, family):
+            return name
+    message = f"model must be a {', '.join(_CLASSES)}; got {type(model).__name__}"
+    inner = model.named_modules() if isinstance(model, nn.Module) else ()
+    for path, module in inner:
+        if isinstance(module, tuple(_CLASSES.values())):
+            message += f", which holds a {type(module).__name__}: give its .{path}"
+            break
+    raise TypeError(message)
+
+
+def _check_one_kind(tensors: Mapping[str, Tensor], where: str) -> None:
+    """What stacks tensors cannot keep the dtype of each."""
+    kinds = {(t.dtype, t.device) for t in tensors.values()}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"{where} must have one dtype and device; got {found}")
 
 
 def _own_config(path: Path) -> tuple[type[Model], ModelConfig]:
@@ -282,51 +335,9 @@ def _own_config(path: Path) -> tuple[type[Model], ModelConfig]:
     }
     known = dataclasses.fields(ModelConfig)
     needed = {field.name for field in known if field.default is dataclasses.MISSING}
-    _refuse(
+    state_dicts.refuse(
         f"{path} does not fit",
         unknown=set(given) - {field.name for field in known},
         missing=needed - set(given),
     )
     return family, ModelConfig(**given)
-
-
-def _check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    misshapen = {
-        f"{name} (got {tuple(given[name].shape)}, expected {tuple(tensor.shape)})"
-        for name, tensor in wanted.items()
-        if name in given and given[name].shape != tensor.shape
-    }
-    _refuse(
-        f"{where} does not fit the configuration",
-        unknown=set(given) - set(wanted),
-        missing=set(wanted) - set(given),
-        misshapen=misshapen,
-    )
-    kinds = {(t.dtype, t.device) for t in given.values()}
-    if len(kinds) > 1:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"{where} must have one dtype and device; got {found}")
-
-
-def _refuse(why: str, **groups: set[str]) -> None:
-    """Raise ValueError with all that is in the groups, if anything is."""
-    found = "; ".join(f"{name}: {_listing(group)}" for name, group in groups.items() if group)
-    if found:
-        raise ValueError(f"{why}: {found}")
-
-
-def _listing(names: set[str]) -> str:
-    """Sorted, and one entry for the same tensor of several blocks: `blocks.[0-27].mlp.0.bias`."""
-    number = re.compile(r"(?<=blocks\.)\d+")
-    blocks: dict[str, list[int]] = {}
-    for name in names:
-        blocks.setdefault(number.sub("*", name), []).extend(map(int, number.findall(name)))
-    return ", ".join(name.replace("*", _span(found)) for name, found in sorted(blocks.items()))
-
-
-def _span(numbers: list[int]) -> str:
-    if len(numbers) < 2:
-        return "".join(map(str, numbers))
-    first, last = min(numbers), max(numbers)
-    gapless = last - first + 1 == len(numbers)
-    return f"[{first}-{last}]" if gapless else f"[{','.join(map(str, sorted(numbers)))}]"

@@ -31,6 +31,11 @@ def transformed() -> bool:
 profiled = torch._C._autograd._profiler_enabled
 
 
+def backward_pass() -> int:
+    """The number of the backward pass that calls this code, such as a checkpoint's; or -1."""
+    return torch._C._current_graph_task_id()
+
+
 _PLAIN = {Tensor, nn.Parameter}
 
 

@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the released weights to a folder of config.json and safetensors, and back",
         description="Convert the released weights, a file, to a folder that "
         "ptattn.checkpoint.load_model and diffusers read; or such a folder to the file, with its "
-        "configuration beside it in JSON. Every tensor must fit; all that do not are listed.",
+        "configuration beside it in JSON. Every tensor must fit.",
     )
     add = parser.add_argument
     add("source", metavar="SRC", type=Path, help=f"file ({', '.join(files.ENDINGS)}) or folder")
@@ -27,6 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--config", metavar="JSON", type=Path,
         help="of the released file: the release's inference configuration, or what the way back "
         f"writes (default: SRC with the ending .json, else the sizes of {RELEASED})")  # fmt: skip
+    add("--key", help="of the weights, where the released file holds several sets, such as ema")
     parser.set_defaults(run=run)
 
 
@@ -41,19 +42,20 @@ def run(options: argparse.Namespace, command: str) -> int:
         raise UsageError(f"argument DST: {target} exists already")
     try:
         if source.is_dir():
-            if options.config is not None:
-                raise UsageError(f"argument --config: {source} is a folder and has its own")
+            for name in ("config", "key"):
+                if getattr(options, name) is not None:
+                    raise UsageError(f"argument --{name}: {source} is a folder and has its own")
             model = _to_file(source, target)
         else:
-            model = _to_folder(source, target, options.config)
+            model = _to_folder(source, target, options.config, options.key)
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     print(f"{target}: {_summary(model)}")
     return 0
 
 
-def _to_folder(source: Path, target: Path, config: Path | None) -> PTDiT:
-    model = checkpoint.load_official(source, _released_config(source, config))
+def _to_folder(source: Path, target: Path, config: Path | None, key: str | None) -> PTDiT:
+    model = checkpoint.load_official(source, _released_config(source, config), key=key)
     checkpoint.save_model(model, target)
     return model
 

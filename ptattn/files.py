@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how what Git keeps in its place begins
 
 
 @contextlib.contextmanager
@@ -59,11 +61,12 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     write(text.encode(errors="backslashreplace"), path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Tensors by name, on the CPU; mapped into memory, so that reading a part costs that part.
 
     Args:
         path: of a .safetensors file, or .pt / .pth / .bin, read with `weights_only=True`.
+        key: of the weights, where a pickle holds several sets of them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -73,7 +76,46 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     check_ending(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
-    return (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` there")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    return tensors_in(read(path), str(path), key)
+
+
+def tensors_in(content: Any, where: str, key: str | None = None) -> dict[str, Tensor]:
+    """The weights in what a training script has saved: itself, or the one dictionary of tensors in
+    it, beside an epoch, arguments and the like; the one at `key` where there are several.
+
+    Raises:
+        ValueError: none, or several and no key.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must hold a dictionary of tensors; got {type(content).__name__}")
+    if _are_weights(content) and key is None:
+        return dict(content)
+    sets = {name: value for name, value in content.items() if _are_weights(value)}
+    if key in sets or (key is None and len(sets) == 1):
+        return dict(sets[next(iter(sets)) if key is None else key])
+    if sets and key is None:
+        raise ValueError(f"{where} holds several sets of weights: give key, one of {_join(sets)}")
+    others = [f"{n} ({type(v).__name__})" for n, v in content.items() if not isinstance(v, Tensor)]
+    at = "" if key is None else f" at key {key!r}"
+    got = _join(others) or ("tensors" if content else "nothing")
+    raise ValueError(f"{where} must hold a dictionary of tensors{at}; got a dictionary of {got}")
+
+
+def _are_weights(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
+    )
+
+
+def _join(names: Iterable[str], most: int = 6) -> str:
+    shown = sorted(map(str, names))
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if shown[most:] else "")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -129,13 +171,25 @@ def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> Any:
     try:
         # Files from before torch 1.6 are no zip files and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # A training script's arguments: attributes, and no code that loading them would run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        found = _unsafe_classes(path) if mapped else []
+        if not found:
+            raise ValueError(f"{path} is not a whole file of plain tensors: {error}") from error
+        raise ValueError(
+            f"{path} is not a whole file of plain tensors: it holds {_join(found)}, which is not "
+            "loaded, as that can run code. Save its state dict alone"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a whole file of plain tensors: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path} must hold a dictionary of tensors; got {type(content).__name__}")
-    return content
+
+
+def _unsafe_classes(path: Path) -> list[str]:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -38,7 +38,8 @@ def graphed(model: nn.Module, *, max_graphs: int = 8) -> Any:
     Args:
         model: on a GPU by the time it is called; may have come out of `torch.compile` in its
             default mode, or be fused.
-        max_graphs: how many signatures are kept; beyond that the least recently used makes room.
+        max_graphs: how many signatures are kept; beyond that the least recently used is
+            dropped, once the new one is captured.
 
     Returns:
         A `Graphed`. It stands in for the model, also as a component of a diffusers pipeline.
@@ -134,7 +135,6 @@ class Graphed:
         return tensors, (tuple(parts), autocast, self.__model.training)
 
     def __capture(self, key: Any, tensors: Mapping[str, Tensor], args: Any, kwargs: Any) -> None:
-        self.__drop(len(self.__graphs) - self.__max_graphs + 1)
         pool = next(iter(self.__graphs.values())).graph.pool if self.__graphs else None
 
         def function(inputs: Sequence[Tensor]) -> Any:
@@ -155,6 +155,7 @@ class Graphed:
         self.__look_at_weights()  # offloading moves them in a call
         self.__weights = self.__weights or _Weights(self.__model)
         self.__graphs[key] = _Entry(graph, _kept(self.__model))
+        self.__drop(len(self.__graphs) - self.__max_graphs)
 
     def __look_at_weights(self) -> None:
         """Drop all graphs where weights have been replaced."""

@@ -1,23 +1,22 @@
 """Put `ProxyAttention` in the place of other people's self-attention, and take it out again.
 
 The hosts are diffusers' `Attention`, as in its PixArt and DiT transformers, and timm's, as in its
-vision transformers. They are known by name: neither library is imported.
+vision transformers.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from . import hosts
+from .call_grid import CallGrid
 from .geometry import WindowGrid
-from .layers import is_plain
 from .proxy_attention import ProxyAttention
 
 
@@ -91,7 +90,7 @@ def replace_attention(
     for place in _attentions(model):
         if pattern is not None and not pattern.fullmatch(place.name):
             kept[place.name] = "not matched"
-        elif reasons := _obstacles(place.module):
+        elif reasons := hosts.obstacles(place.module):
             kept[place.name] = ", ".join(reasons)
         else:
             places.append(place)
@@ -102,9 +101,9 @@ def replace_attention(
     # By the old modules: one that is in two places stays one.
     new = {old: ReplacedAttention(old, **options) for old in {place.module for place in places}}
     if patches is not None:
-        follow = patches.register_forward_hook(functools.partial(_follow, list(new.values())))
+        calls = CallGrid(model, patches, report.replaced)
         for attn in new.values():
-            attn.follow = follow
+            attn.follow(calls)
     for place in places:
         setattr(place.parent, place.attribute, new[place.module])
     return report
@@ -119,23 +118,36 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
         The names of the modules restored.
 
     Raises:
-        ValueError: nothing in the model was replaced.
+        ValueError: nothing in the model was replaced, or it was made by `load_replaced` of a class,
+            which leaves nothing to restore, or weights are offloaded or cast at each forward. The
+            model is then as it was.
     """
     places = [p for p in _attentions(model) if isinstance(p.module, ReplacedAttention)]
     if not places:
         raise ValueError(f"{type(model).__name__} has no attention that replace_attention made")
+    if lost := [place.name for place in places if not place.module.has_old]:
+        raise ValueError(
+            f"the old attention of {_span(lost)} is not kept in the folder that this "
+            f"{type(model).__name__} was loaded from"
+        )
+    held = [p.name for p in places if any("forward" in vars(m) for m in p.module.modules())]
+    if held:
+        raise ValueError(
+            f"weights of {_span(held)} are offloaded or cast at each forward: end that first"
+        )
+    old = {new: new.take_out() for new in {place.module for place in places}}
     for place in places:
-        setattr(place.parent, place.attribute, place.module.take_out())
+        setattr(place.parent, place.attribute, old[place.module])
     return tuple(place.name for place in places)
 
 
 class ReplacedAttention(ProxyAttention):
     """ProxyAttention that starts from the weights of the attention in whose place it is."""
 
-    follow: RemovableHandle | None = None  # what sets `grid` at each call
+    calls: CallGrid | None = None  # knows each call's grid, where `grid` is None
 
     def __init__(self, old: nn.Module, **options: Any) -> None:
-        weights = HOSTS[_class_name(old)].weights(old)
+        weights = hosts.weights(old)
         qkv, proj = weights.qkv, weights.proj
         super().__init__(
             proj.weight.shape[0],
@@ -147,7 +159,9 @@ class ReplacedAttention(ProxyAttention):
             **options,
         )
         self.train(old.training)
-        self._old = (old,)  # in a tuple it is no submodule: not trained, saved or moved
+        self._old: tuple[nn.Module, ...] = (
+            old,
+        )  # in a tuple it is no submodule: not trained, saved or moved
         texture, interaction = self.texture_complement, self.global_interaction
         for attn in (texture.window_attn, texture.shifted_attn, interaction.proxy_attn):
             _fill(attn.qkv, qkv)
@@ -157,131 +171,47 @@ class ReplacedAttention(ProxyAttention):
         _fill(cross.kv, qkv.rows(dim, 3 * dim))
         _fill(cross.proj, proj)
 
+    def options(self) -> dict[str, Any]:
+        """Of `replace_attention`, which make this module of the old one."""
+        return dict(
+            window=self.window,
+            proxy_window=self.proxy_window,
+            grid=self.grid,
+            backend=self.backend,
+        )
+
+    @property
+    def has_old(self) -> bool:
+        return bool(self._old)
+
+    def drop_old(self) -> None:
+        """There is nothing to restore: its weights are not those that this module came from."""
+        self._old = ()
+
+    def follow(self, calls: CallGrid) -> None:
+        self.calls = calls
+        calls.layers += 1
+
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None, **host: Any) -> Tensor:
+        """As ProxyAttention's."""
+        if grid is None and self.calls is not None and x.ndim == 3:
+            grid = self.calls.of(x)
+        return super().forward(x, grid, **host)
+
     def take_out(self) -> nn.Module:
         """The old module, fit for the place of this one."""
-        if self.follow is not None:
-            self.follow.remove()
+        if self.calls is not None:
+            self.calls.release()
         (old,) = self._old
         weight = next(self.parameters())
         return old.to(weight.device, weight.dtype).train(self.training)
 
 
-class _Linear(NamedTuple):
-    """A linear layer's weight (out, in) and bias (out,)."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def rows(self, start: int, stop: int) -> _Linear:
-        bias = None if self.bias is None else self.bias[start:stop]
-        return _Linear(self.weight[start:stop], bias)
-
-
-class _Weights(NamedTuple):
-    num_heads: int
-    qkv: _Linear
-    proj: _Linear
-
-
 @torch.no_grad()
-def _fill(layer: nn.Linear, source: _Linear) -> None:
+def _fill(layer: nn.Linear, source: hosts.Linear) -> None:
     layer.weight.copy_(source.weight)
     if layer.bias is not None:
         layer.bias.zero_() if source.bias is None else layer.bias.copy_(source.bias)
-
-
-def _follow(layers: list[ReplacedAttention], patches: nn.Module, args: Any, out: Tensor) -> None:
-    """The forward hook of a patch embedding: its output (B, C, h, w) has the grid of the call."""
-    for layer in layers:
-        layer.grid = (1, *out.shape[-2:])
-
-
-# The hosts. Obstacles are what stands in the way of replacing a module; a false one does not.
-
-NOT_LINEAR = "projections that are not plain nn.Linear, such as LoRA's: merge them first"
-WIDTHS = "heads or projections of another width than its tokens"
-NORMS = "norms inside it"
-SCALE = "a softmax scale of its own"
-DROPOUT = "dropout"
-
-
-def _diffusers_obstacles(old: Any) -> dict[str, bool]:
-    processor = type(old.processor).__name__
-    return {
-        "cross-attention": old.is_cross_attention,
-        "joint attention with another stream": old.added_kv_proj_dim is not None,
-        "projections fused, call unfuse_qkv_projections() first": old.fused_projections,
-        NOT_LINEAR: not all(
-            map(is_plain, (old.to_q, old.to_k, old.to_v, *(old.to_out or [None])[:1]))
-        ),
-        WIDTHS: {old.inner_dim, old.inner_kv_dim, old.out_dim} != {old.query_dim},
-        NORMS: (old.norm_q, old.norm_k, old.group_norm, old.spatial_norm) != (None,) * 4,
-        SCALE: not _usual_scale(old.scale, old.inner_dim // old.heads),
-        "a causal mask": old.is_causal,
-        DROPOUT: old.dropout > 0,
-        "its own residual connection": old.residual_connection or old.rescale_output_factor != 1,
-        f"processor {processor}": processor not in ("AttnProcessor", "AttnProcessor2_0"),
-    }
-
-
-def _diffusers_weights(old: Any) -> _Weights:
-    layers = (old.to_q, old.to_k, old.to_v)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None  # diffusers has all three or none
-    qkv = _Linear(torch.cat([layer.weight for layer in layers]), bias)
-    return _Weights(old.heads, qkv, _Linear(old.to_out[0].weight, old.to_out[0].bias))
-
-
-def _timm_obstacles(old: Any) -> dict[str, bool]:
-    plain = is_plain(old.qkv) and is_plain(old.proj)
-    norms = (old.q_norm, old.k_norm, getattr(old, "norm", None))
-    dim = old.proj.weight.shape[0] if plain else 0
-    return {
-        NOT_LINEAR: not plain,
-        WIDTHS: plain and (old.qkv.weight.shape, old.proj.weight.shape[1]) != ((3 * dim, dim), dim),
-        NORMS: any(not isinstance(norm, nn.Identity | None) for norm in norms),
-        SCALE: not _usual_scale(old.scale, old.head_dim),
-        "a gate": getattr(old, "gate", None) is not None,
-        DROPOUT: old.attn_drop.p > 0 or old.proj_drop.p > 0,
-    }
-
-
-def _timm_weights(old: Any) -> _Weights:
-    qkv, proj = (_Linear(layer.weight, layer.bias) for layer in (old.qkv, old.proj))
-    return _Weights(old.num_heads, qkv, proj)
-
-
-class _Host(NamedTuple):
-    obstacles: Callable[[Any], dict[str, bool]]
-    weights: Callable[[Any], _Weights]
-
-
-_TIMM = _Host(_timm_obstacles, _timm_weights)
-HOSTS = {
-    "diffusers.models.attention_processor.Attention": _Host(
-        _diffusers_obstacles, _diffusers_weights
-    ),
-    "timm.layers.attention.Attention": _TIMM,
-    "timm.models.vision_transformer.Attention": _TIMM,  # where older versions have it
-}
-
-
-def _obstacles(module: nn.Module) -> list[str]:
-    """Why an attention cannot be replaced."""
-    if isinstance(module, ProxyAttention):
-        return ["ProxyAttention already"]
-    host = HOSTS.get(_class_name(module))
-    if host is None:
-        return [f"{_class_name(module)} is of no supported class"]
-    return [reason for reason, holds in host.obstacles(module).items() if holds]
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _usual_scale(scale: float, head_dim: int) -> bool:
-    return abs(scale * head_dim**0.5 - 1) < 1e-6
 
 
 # The model around them.

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ptattn import checkpoint, files
 from ptattn.models import create_model, get_config
@@ -48,6 +50,18 @@ def test_the_same_tensor_of_several_blocks_is_listed_once():
         ValueError, match=r"unknown: transformer_blocks\.\[1-3\]\.attn1\.to_k\.bias"
     ):
         checkpoint.from_official(weights, {**config, "num_layers": 1})
+
+
+def test_a_few_of_many_misfits_are_shown(official):
+    """A file of another model once filled the screen."""
+    weights, config = official
+    weights = {f"other.{name}": tensor for name, tensor in list(weights.items())[:20]}
+    weights["more"] = torch.zeros(1)
+    with pytest.raises(
+        ValueError, match=r"unknown: more, other\.\S+, \S+, \S+ and \d+ more; "
+    ) as error:
+        checkpoint.from_official(weights, config)
+    assert len(str(error.value)) < 700
 
 
 def test_config_keys_are_checked(official):
@@ -177,8 +191,7 @@ def test_a_folder_holds_every_kind_of_model(model, tmp_path, dtype):
 
 @pytest.fixture
 def folder(tmp_path):
-    model = create_model("pt-dit-b", depth=1, dim=32, num_heads=2, caption_channels=24)
-    checkpoint.save_model(model, tmp_path)
+    checkpoint.save_model(tiny(), tmp_path)
     return tmp_path
 
 
@@ -235,9 +248,70 @@ def test_a_missing_file_is_named(folder, name):
 
 
 def test_other_modules_have_no_folder(tmp_path):
-    with pytest.raises(TypeError, match="model must be a PTDiT, DiT, PixArt; got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a PTDiT, DiT, PixArt; got Linear$"):
         checkpoint.save_model(torch.nn.Linear(1, 1), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+# What is saved can be loaded.
+
+
+def tiny():
+    return create_model("pt-dit-b", depth=1, dim=32, num_heads=2, caption_channels=24)
+
+
+@pytest.fixture
+def small():
+    return tiny()
+
+
+def assert_same(model, other):
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_mixed_dtypes_come_back(small, tmp_path):
+    """`load_model` once refused what `save_model` had written."""
+    small.bfloat16().output.float()
+    checkpoint.save_model(small, tmp_path)
+    assert_same(checkpoint.load_model(tmp_path), small)
+    with pytest.raises(ValueError, match="model must have one dtype and device"):
+        checkpoint.save_official(small, tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "where"),
+    [(torch.compile, "_orig_mod"), (AveragedModel, "module"), (nn.DataParallel, "module")],
+    ids=["compiled", "averaged", "parallel"],
+)
+def test_a_model_within_a_wrapper(small, tmp_path, wrapper, where):
+    with pytest.raises(TypeError, match=rf"which holds a PTDiT: give its \.{where}$"):
+        checkpoint.save_model(wrapper(small), tmp_path / "folder")
+    checkpoint.save_model(getattr(wrapper(small), where), tmp_path)
+    assert_same(checkpoint.load_model(tmp_path), small)
+
+
+def test_adapters_are_merged_first(small, tmp_path):
+    """What was written with them could not be read."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(small, peft.LoraConfig(r=2, target_modules=["qkv"]))
+    with pytest.raises(TypeError, match=r"got PeftModel, .*: give its \.base_model\.model"):
+        checkpoint.save_model(adapted, tmp_path / "folder")
+    with pytest.raises(ValueError, match=r"merge adapters, .* unknown: blocks\.0\.\S+base_layer"):
+        checkpoint.save_model(small, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    checkpoint.save_model(adapted.merge_and_unload(), tmp_path)
+    assert_same(checkpoint.load_model(tmp_path), small)
+
+
+def test_quantized_weights_are_not_saved(small, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(small, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"plain tensors, not quantized or sharded ones: got: blo"):
+        checkpoint.save_model(small, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+# Files are written whole or not at all.
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -117,6 +117,16 @@ def test_the_release_s_inference_configuration_is_taken_as_it_is(small):
     assert checkpoint.load_model(small / "folder").config.depth > 0
 
 
+def test_averaged_weights_of_a_training_script(small):
+    weights = torch.load(small / "weights.pt")
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save({"model": other, "ema": weights, "epoch": 3}, small / "both.pt")
+    config = ("--config", small / "inference.json")
+    assert run(small / "both.pt", small / "folder", *config, "--key", "ema") == 0
+    back = checkpoint.to_official(checkpoint.load_model(small / "folder"))
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
+
+
 def test_without_a_configuration_it_is_the_released_model_s(small):
     with pytest.raises(
         UsageError, match=r"weights.pt does not fit .* transformer_blocks\.\[\d+-27\]\.attn1"
@@ -146,6 +156,8 @@ def test_misuse_is_named_and_nothing_is_written(small):
         ((small / "class", small / "out.ckpt"), r"path must end in \.safetensors, \.pt"),
         ((small / "taken", small / "out.pt"), r"No such file.*taken/config\.json"),
         ((small / "dit", small / "out.pt", "--config", config), "argument --config: .*has its own"),
+        ((small / "dit", small / "out.pt", "--key", "ema"), "argument --key: .*has its own"),
+        ((weights, small / "out", "--config", config, "--key", "ema"), "tensors at key 'ema'; got"),
     ):
         with pytest.raises(UsageError, match=message):
             run(*arguments)

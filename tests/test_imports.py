@@ -14,14 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # ptattn; each imports only from lines above its own.
 ORDER = [
     {"memo", "packed", "context", "capture", "files", "command_line"},
-    {"geometry", "recompute"},
+    {"geometry", "recompute", "call_grid", "state_dicts"},
     {"kernels", "checks"},
     {"backends"},
     {"ops"},
     {"layers"},
     {"models", "proxy_attention"},
+    {"hosts"},
     {"flops", "checkpoint", "environment", "flow", "graphs", "replace"},
-    {"paper", "pipelines"},
+    {"paper", "pipelines", "replaced"},
     {"compare"},
     {"bench", "convert", "train"},
     {"cli"},

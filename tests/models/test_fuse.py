@@ -142,11 +142,10 @@ def loaded(model, others):
 
 
 def loaded_block_by_block(model, others):
-    for name, half in model.named_modules():
-        if name.endswith(("global_interaction", "texture_complement")):
-            prefix = f"{name}."
-            own = {k.removeprefix(prefix): v for k, v in others.items() if k.startswith(prefix)}
-            half.load_state_dict(own)
+    for i, block in enumerate(model.blocks):
+        prefix = f"blocks.{i}."
+        own = {k.removeprefix(prefix): v for k, v in others.items() if k.startswith(prefix)}
+        block.load_state_dict(own)
 
 
 def copied(model, others):
@@ -214,6 +213,28 @@ def test_weights_that_change_later_count(name, change, inference):
         ours, expected = model(*inputs, **condition), other(*inputs, **condition)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert (ours - before).abs().max() > 0.01
+
+
+@each_name
+def test_an_adapter_of_a_fused_model(name):
+    """Added, trained and merged: layers are folded again once they are plain."""
+    peft = pytest.importorskip("peft")
+    model, inputs, condition = model_and_inputs(name, dtype=torch.float64)
+    twin, config = copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["proj", "zero"])
+    made = []
+    for one in (ptattn.fuse(model), twin):
+        adapted = peft.get_peft_model(one, config)
+        torch.manual_seed(0)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        with torch.no_grad():
+            made.append([adapted(*inputs, **condition)])
+            merged = adapted.merge_and_unload()
+            made[-1].append(merged(*inputs, **condition))
+    torch.testing.assert_close(made[0], made[1], rtol=1e-9, atol=1e-9)
+    assert torch.equal(made[0][0], made[1][0])  # nothing folded beside an adapter
+    assert not torch.equal(made[0][1], made[1][1])  # and again without
 
 
 @each_name
