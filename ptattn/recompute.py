@@ -67,8 +67,8 @@ class _Recipe:
         """Of a view of what was made its geometry alone; else the tensor and its version."""
         if (
             type(t) is Tensor
+            and (t.dtype, t.layout, t._version) == (self.dtype, torch.strided, self.version)
             and t.untyped_storage()._cdata == self.storage
-            and (t.dtype, t._version) == (self.dtype, self.version)
         ):
             return None, (t.shape, t.stride(), t.storage_offset())
         # Detached, as an output that holds its own graph would never be freed.
