@@ -326,7 +326,11 @@ def test_compiled_blocks(pixart):
         assert torch.equal(PixArt.run(model, grid), expected[grid])
     meet_after(model.pos_embed)
     with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(PixArt.run, model, grid) for grid in GRIDS]
-        for call in calls:
-            with pytest.raises(Exception, match=UNKNOWN):
-                call.result()
+        calls = {grid: pool.submit(PixArt.run, model, grid) for grid in GRIDS}
+    errors = {grid: call.exception() for grid, call in calls.items()}
+    assert any(errors.values())
+    for grid, error in errors.items():  # once the first has failed, the second is alone
+        if error is None:
+            assert torch.equal(calls[grid].result(), expected[grid])
+        else:
+            assert UNKNOWN in str(error)
