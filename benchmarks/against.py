@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -232,15 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, help="a result of `ptattn bench ops`")
-    parser.add_argument("--only", metavar="REGEX", type=re.compile, default="")
+    parser.add_argument("--only", metavar="REGEX", type=aot.pattern, default="")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    if host.INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     result = json.loads(args.file.read_text(encoding="utf-8"))
-    rows = [row for row in measured(result) if re.search(args.only, " ".join(row.key))]
+    rows = [row for row in measured(result) if args.only.search(" ".join(row.key))]
     if not rows:
         sys.exit(f"no case of ours in {args.file} matches {args.only.pattern!r}")
+    if host.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     facts = args.file.with_name("launches.json")
     then = starts_of(json.loads(facts.read_text(encoding="utf-8"))) if facts.exists() else {}
     now = starts_now([row.key for row in rows], args.processes)

@@ -268,9 +268,7 @@ COLUMNS: tuple[Column[Row], ...] = (
     Column("wgmma", lambda row: _of(row, _wgmma), narrow=False),
     Column("16-byte", lambda row: _of(row, _wide_loads), narrow=False),
     Column("per SM", lambda row: _number(row.per_sm), narrow=False),
-    Column(
-        "warps per SM", lambda row: _number(row.per_sm and row.per_sm * row.warps), narrow=False
-    ),
+    Column("SM warps", lambda row: _number(row.per_sm and row.per_sm * row.warps), narrow=False),
     Column("per block", lambda row: _number(row.per_block), narrow=False),
     Column("useful", lambda row: f"{row.timings[0].work.useful_share:.0%}", narrow=False),
     Column("µs", lambda row: _microseconds(row.timings[0])),
@@ -323,7 +321,7 @@ def as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
@@ -335,7 +333,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
     parser.add_argument(
-        "--only", metavar="REGEX", type=_pattern, default="", help="cases, such as 'bf16 D72'"
+        "--only", metavar="REGEX", type=pattern, default="", help="cases, such as 'bf16 D72'"
     )
     parser.add_argument("--ptx", action="store_true", help="read PTX, not SASS: sooner done")
     parser.add_argument("--processes", type=int, default=2)

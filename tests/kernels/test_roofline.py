@@ -1,7 +1,10 @@
 """Predicted times: machine code is followed right, and the model holds against measurements."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from benchmarks.against import Compared, Measured
 from benchmarks.roofline import Start
 from benchmarks.sass import GLOBAL_LATENCY, ON_CHIP_LATENCY, Code, Part
 
-RUN = Path(__file__).parents[2] / "benchmarks/results/h200-2026-11-26"
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "benchmarks/results/h200-2026-11-26"
 
 
 # Machine code. The upper word of an instruction has its schedule.
@@ -225,6 +229,24 @@ def test_what_a_case_starts_is_recorded(task):
         launch.kernel.__name__ for launch in against.launches("norm XL 1024 px w1x8x8 b1", task)
     ]
     assert names == (["norm_forward"] if task == "forward" else ["norm_backward", "sum_splits"])
+
+
+def test_a_pattern_that_fits_no_case_is_an_error():
+    with pytest.raises(SystemExit, match=r"no case of ours in .* matches 'windwo'"):
+        against.main([str(RUN / "ops.json"), "--only", "windwo"])
+
+
+@pytest.mark.long
+def test_a_checkout_is_held_against_a_run():
+    command = [sys.executable, "-m", "benchmarks.against", str(RUN / "ops.json")]
+    command += ["--only", "norm XL 1024 px w1x8x8 b1 forward", "--processes", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("| norm XL"))
+    assert row.startswith("| norm XL 1024 px w1x8x8 b1 | forward | 13.1 |")
+    assert "–" not in row
+    assert "in 1 rows" in done.stdout
 
 
 # The goals.
