@@ -1,7 +1,7 @@
 """What a kernel launch must read, write and multiply, and the time that this takes.
 
 The model, for one launch on an H200. A multiprocessor holds so many programs at a time, and each
-needs, cycle by cycle:
+program needs:
 
 - memory: its share of all bytes, every input and output once, so that re-reads of keys, values and
   neighbours' rows are taken to hit the cache; at the measured copy rate.
@@ -10,13 +10,14 @@ needs, cycle by cycle:
 - tensor cores and special functions: by the same count, at the rates of the chip.
 - latency: what a warp alone spends waiting, by its own schedule (`sass`).
 
-A program alone needs the sum of these. Several wait for the same resources in turns: what a cycle
-of n then takes is what mean value analysis (Reiser and Lavenberg, 1980) finds for a closed network
-of n customers, each resource a queue. A launch takes as many such cycles as it has waves of
-programs, the last one with the programs that are left, after `LAUNCH`.
+A program alone takes the sum of these. Several take turns at the same resources: how long each is
+there then follows from mean value analysis (Reiser and Lavenberg, 1980) of a closed network of so
+many customers, every resource a queue. A launch lasts as often as long as it has waves of programs,
+the last one with the programs that are left, after `LAUNCH`.
 
-Four constants: the two latencies of `sass`, `CLOCK` and `LAUNCH`. Left out: programs that wait for
-no other but start together, and bytes that neighbours on other multiprocessors read again.
+Four constants: the two latencies of `sass`, `CLOCK` and `LAUNCH`. Left out: bytes that are read
+again, programs of unequal length, and copies by the tensor memory accelerator, whose latency a
+schedule does not show.
 `useful` counts the pairs of query and key and the channels that there are, `padded` those that the
 tiles hold, rows past a window and channels past the head dim included.
 """
@@ -174,8 +175,8 @@ def predict(start: Start, copy_rate: float = COPY_RATE) -> Prediction:
 
 
 def _cycle(programs: int, waiting: float, busy: tuple[float, ...]) -> float:
-    """Cycles from the start of a program to that of the next in its place, on a multiprocessor that
-    holds so many: exact mean value analysis of a closed network with one delay."""
+    """Cycles that a program is there, on a multiprocessor that holds so many: exact mean value
+    analysis of a closed network with one delay."""
     queued = [0.0] * len(busy)
     cycle = waiting + sum(busy)
     for number in range(1, programs + 1):

@@ -28,6 +28,7 @@ _BRANCH = re.compile(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)")
 _WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x16\.\S+ R\d+, (gdesc|R)")
 _COPIES_LEFT = re.compile(r"\bDEPBAR\.LE SB0, 0x([0-9a-f]+)")
 NO_SCOREBOARD = 7
+WORK = {"HGMMA", "HMMA", "LDG", "LDGSTS", "UTMALDG"}
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,19 @@ def _decode(address: str, text: str, control: str) -> Instruction:
 
 
 def _innermost_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    spans = []
+    """Of loops that load or multiply; others wait for a barrier in memory, mostly once."""
+    loops = []
     for i in instructions:
         branch = _BRANCH.search(i.text)
         if branch and int(branch[1], 16) < i.address:
-            spans.append((int(branch[1], 16), i.address))
-    innermost = [
-        (first, last)
-        for first, last in spans
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
+            body = [j for j in instructions if int(branch[1], 16) <= j.address <= i.address]
+            if any(j.name in WORK for j in body):
+                loops.append(body)
+    return [
+        loop
+        for loop in loops
+        if not any(o is not loop and o[0] in loop and o[-1] in loop for o in loops)
     ]
-    return [[i for i in instructions if a <= i.address <= b] for a, b in innermost]
 
 
 def _main(loops: list[list[Instruction]]) -> list[Instruction]:

@@ -106,6 +106,13 @@ def test_the_main_loop_is_the_one_without_a_mask():
     assert (code.loop.instructions, code.once.instructions, code.unrolled) == (2, 3, 1)
 
 
+def test_a_loop_that_only_waits_is_none():
+    product = plain("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0")
+    spin = plain("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R0"), plain("@!P0 BRA 0x10")
+    code = sass.read(listing(product, *spin, plain("@P1 BRA 0x0"), *END))
+    assert (code.loop.instructions, code.loop.tensor, code.once.instructions) == (4, 32, 2)
+
+
 def test_an_unrolled_loop_is_counted_by_its_loads():
     load = plain("LDG.E R4, [R2]")
     text = listing(*[load] * 4, plain("@P0 BRA 0x0"), load, plain("@P1 BRA 0x50"), *END)
