@@ -82,6 +82,7 @@ def test_narrow_products_wait_for_shared_memory(columns, first, cycles):
 @pytest.mark.parametrize(("left", "cycles"), [(0, GLOBAL_LATENCY + 167), (3, 168)])
 def test_copies_ahead_hide_their_latency(left, cycles):
     body = (
+        plain("LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64]"),
         plain("LDGDEPBAR"),
         plain(f"DEPBAR.LE SB0, 0x{left:x}"),
         *(plain("FADD R0, R1, R1", stall=15) for _ in range(11)),
@@ -125,13 +126,13 @@ def test_an_unrolled_loop_is_counted_by_its_loads():
 NOTHING = Part(0, 0, 0, 0)
 
 
-def start(once=NOTHING, loop=None, **changes):
+def launch(once=NOTHING, loop=None, **changes):
     known = Start(roofline.MULTIPROCESSORS, 4, 1, 0, 0.0, Code(once, loop))
     return replace(known, **changes)
 
 
 def cycles(*args, **changes):
-    total = roofline.predict(start(*args, **changes)).total
+    total = roofline.predict(launch(*args, **changes)).total
     return (total - roofline.LAUNCH) * roofline.CLOCK
 
 
@@ -174,18 +175,17 @@ def test_instructions_are_those_that_the_hardware_counted():
         re.MULTILINE | re.DOTALL,
     )
     facts = json.loads((RUN / "launches.json").read_text(encoding="utf-8"))
-    predicted = {}
+    starts, predicted = against.starts_of(facts), {}
     for row in facts["rows"]:
-        for launch, begun in zip(
-            row["launches"], against.starts_of(facts)[row["case"], row["task"]], strict=True
-        ):
-            issued = begun.code.once.instructions
-            if begun.code.loop:
-                passes = begun.iterations / begun.code.unrolled
-                issued += passes * begun.code.loop.instructions
+        begun = starts[row["case"], row["task"]]
+        for launch, start in zip(row["launches"], begun, strict=True):
+            issued = start.code.once.instructions
+            if start.code.loop:
+                passes = start.iterations / start.code.unrolled
+                issued += passes * start.code.loop.instructions
             name = facts["kernels"][launch["kernel"]]["kernel"]
-            total = begun.programs * begun.warps * issued
-            predicted.setdefault((name, begun.programs), set()).add(round(total))
+            total = start.programs * start.warps * issued
+            predicted.setdefault((name, start.programs), set()).add(round(total))
     assert len(counted) == 11
     for name, programs, number in counted:
         expected = int(number.replace(",", ""))
