@@ -4,16 +4,20 @@
 
 On all architectures a kernel must build and fit the shared memory, and a forward kernel must not
 spill. On sm90 none may spill or have a stack, every matrix product must run on wgmma, tiles must be
-loaded 16 bytes at a time, and two programs of a forward attention must fit a multiprocessor.
-Kernels in fp32 must only build and fit. Exit status 1 if a check fails.
+loaded 16 bytes at a time, and two programs of an attention or of a backward must fit a
+multiprocessor, but for `checks.ALONE`. Kernels in fp32 must only build and fit. Exit status 1 if
+a check fails.
 
 In the table, spills are in bytes (registers on AMD), "16-byte" has the loads that there are and
-that the tiles take, and "useful" is the share of the multiplied numbers that is no padding.
+that the tiles take, "per block" the instructions that all warps of a program issue in the main loop
+for 64 x 64 scores, or for a row of channels or a part of a sum, and "useful" is the share of the
+multiplied numbers that is no padding.
 "serial" stands where ptxas makes each wgmma wait for the one before. That fails no check: what
 avoids it, loads that are not pipelined, may cost more.
 
 Times are predicted for an H200, by `roofline`, at one sample of 16 heads and 128 x 128 tokens, or
-8 x 64 x 64 tokens where the window has frames. Windows of attention are shifted by half.
+8 x 64 x 64 tokens where the window has frames. Windows of attention are shifted by half. How far
+such predictions are from what was measured: `python -m benchmarks.against`.
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import compiled, roofline
+from benchmarks.checks import failures
 from benchmarks.compiled import Compiled
-from benchmarks.roofline import Prediction, Work
+from benchmarks.roofline import Prediction, Start, Work
 from benchmarks.tables import Column, table
 from ptattn.geometry import Triple, WindowGrid
 from ptattn.kernels import attention, host, norm, pool
@@ -209,6 +214,16 @@ class Row:
         registers, shared = self.compiled.resources.registers, self.compiled.shared
         return roofline.programs_per_sm(registers, shared, self.warps)
 
+    @property
+    def per_block(self) -> float | None:
+        """Instructions of all warps in the main loop for 64 x 64 scores, or for one row."""
+        code = self.compiled.code if self.compiled else None
+        if code is None or code.loop is None or not self.timings[0].work.iterations:
+            return None
+        rows, *others = map(int, self.tile.split("x"))
+        size = rows * (others or [rows])[0] / 64**2 if self.timings[0].work.padded else rows
+        return code.loop.instructions * self.warps / code.unrolled / size
+
 
 def run(job: Job) -> Row:
     first = job.uses[0].launch(job.arch)
@@ -220,52 +235,23 @@ def run(job: Job) -> Row:
     sizes = [first.constants[name] for name in ("ROWS", "KEYS", "BLOCK") if name in first.constants]
     tile = "x".join(map(str, sizes))
     row = Row(job, tile, first.config.warps, first.config.stages, built, error)
-    timings = tuple(_timing(use, job.arch, row.per_sm) for use in job.uses)
-    return replace(row, timings=timings)
+    return replace(row, timings=tuple(_timing(use, row) for use in job.uses))
 
 
-def _timing(use: Use, arch: str, per_sm: int | None) -> Timing:
-    recorded = use.launch(arch)
-    work = roofline.work(recorded)
-    predicted = None
-    if per_sm is not None:
-        predicted = roofline.predict(work, recorded.programs, per_sm, DTYPES[use.case.dtype])
+def _timing(use: Use, row: Row) -> Timing:
+    recorded = use.launch(row.job.arch)
+    work, start = roofline.work(recorded), start_of(recorded, row.compiled)
+    predicted = start and roofline.predict(start)
     return Timing(f"{use.case.label} {use.case}", recorded.programs, work, predicted)
 
 
-def failures(row: Row) -> list[str]:
-    """The checks that a row fails, each in words."""
-    job, built = row.job, row.compiled
-    if built is None:
-        return [f"does not build: {row.error}"]
-    limit = roofline.SHARED_LIMITS[job.arch]
-    found = []
-    if built.shared > limit:
-        found.append(f"{built.shared} bytes of shared memory, of {limit}")
-    if job.uses[0].case.dtype == "fp32":
-        return found
-    forward = job.kernel.endswith("_forward")
-    resources = built.resources
-    if (forward or job.arch == "sm90") and (resources.spilled or resources.stack):
-        unit = "registers" if job.arch.startswith("gfx") else "bytes"
-        found.append(f"spills {resources.spilled} {unit}; stack of {resources.stack} bytes")
-    if job.arch == "sm90":
-        found += _failures_on_hopper(row, built)
-    return found
-
-
-def _failures_on_hopper(row: Row, built: Compiled) -> Iterator[str]:
-    instructions, tiles = built.instructions, built.tiles
-    if tiles.elsewhere or instructions.other_products or instructions.wgmma < tiles.on_wgmma:
-        yield (
-            f"{instructions.wgmma} wgmma instructions and {instructions.other_products} older ones "
-            f"for {tiles.on_wgmma} products on wgmma; not on it: {list(tiles.elsewhere)}"
-        )
-    if instructions.wide_loads < tiles.wide_loads:
-        yield f"{instructions.wide_loads} loads of 16 bytes; its tiles take {tiles.wide_loads}"
-    attention_forward = row.job.kernel.endswith("_forward") and row.job.kernel in roofline.PRODUCTS
-    if attention_forward and row.per_sm < 2:
-        yield f"{row.per_sm} program per multiprocessor"
+def start_of(recorded: Launch, built: Compiled | None) -> Start | None:
+    """What the model takes of a launch; None where no machine code was read."""
+    if built is None or built.code is None:
+        return None
+    warps, work = recorded.config.warps, roofline.work(recorded)
+    per_sm = roofline.programs_per_sm(built.resources.registers, built.shared, warps)
+    return Start(recorded.programs, warps, per_sm, work.bytes, work.iterations, built.code)
 
 
 COLUMNS: tuple[Column[Row], ...] = (
@@ -281,7 +267,9 @@ COLUMNS: tuple[Column[Row], ...] = (
     Column("spill", lambda row: _of(row, lambda built: built.resources.spilled)),
     Column("wgmma", lambda row: _of(row, _wgmma), narrow=False),
     Column("16-byte", lambda row: _of(row, _wide_loads), narrow=False),
-    Column("per SM", lambda row: "" if row.per_sm is None else str(row.per_sm), narrow=False),
+    Column("per SM", lambda row: _number(row.per_sm), narrow=False),
+    Column("SM warps", lambda row: _number(row.per_sm and row.per_sm * row.warps), narrow=False),
+    Column("per block", lambda row: _number(row.per_block), narrow=False),
     Column("useful", lambda row: f"{row.timings[0].work.useful_share:.0%}", narrow=False),
     Column("µs", lambda row: _microseconds(row.timings[0])),
     Column("build s", lambda row: _of(row, lambda built: f"{built.seconds:.1f}"), narrow=False),
@@ -291,6 +279,10 @@ COLUMNS: tuple[Column[Row], ...] = (
 
 def _of(row: Row, value: Callable[[Compiled], Any]) -> str:
     return "" if row.compiled is None else str(value(row.compiled))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def _wgmma(built: Compiled) -> str:
@@ -321,13 +313,15 @@ def as_json(row: Row) -> dict[str, Any]:
         "warps": row.warps,
         "stages": row.stages,
         "programs_per_sm": row.per_sm,
+        "warps_per_sm": row.per_sm and row.per_sm * row.warps,
+        "instructions_per_block": row.per_block,
         "compiled": row.compiled and asdict(row.compiled),
         "failures": failures(row),
         "launches": [asdict(timing) for timing in row.timings],
     }
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
@@ -339,7 +333,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
     parser.add_argument(
-        "--only", metavar="REGEX", type=_pattern, default="", help="cases, such as 'bf16 D72'"
+        "--only", metavar="REGEX", type=pattern, default="", help="cases, such as 'bf16 D72'"
     )
     parser.add_argument("--ptx", action="store_true", help="read PTX, not SASS: sooner done")
     parser.add_argument("--processes", type=int, default=2)

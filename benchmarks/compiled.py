@@ -17,7 +17,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from benchmarks import roofline
+from benchmarks import roofline, sass
+from benchmarks.sass import Code
 from ptattn.kernels.host import Launch
 
 TARGETS = {
@@ -58,13 +59,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Compiled:
-    """`instructions` and `tiles` are known for sm90 only."""
+    """`instructions` and `tiles` are known for sm90 only, `code` where SASS was read."""
 
     resources: Resources
     shared: int  # bytes
     seconds: float
     instructions: Instructions | None = None
     tiles: Tiles | None = None
+    code: Code | None = None
 
 
 # ptxas makes each of these PTX instructions the SASS one; but to disassemble takes half a second.
@@ -109,9 +111,11 @@ def build(launch: Launch, arch: str, dialect: str = "sass") -> Compiled:
     resources = parse_ptxas(log.getvalue())
     if arch != "sm90":
         return Compiled(resources, shared, seconds)
-    instructions = count_instructions(_text(kernel, dialect), dialect)
+    text = _text(kernel, dialect)
+    instructions = count_instructions(text, dialect)
     tiles = parse_ttgir(kernel.asm["ttgir"], 32 * launch.config.warps)
-    return Compiled(resources, shared, seconds, instructions, tiles)
+    code = sass.read(text) if dialect == "sass" else None
+    return Compiled(resources, shared, seconds, instructions, tiles, code)
 
 
 def _text(kernel: CompiledKernel, dialect: str) -> str:
