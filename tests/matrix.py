@@ -68,7 +68,7 @@ def run(version: str) -> Row:
         venv.create(home, with_pip=True)
         python = Path(home, "bin", "python")
         install = [python, "-m", "pip", "install", "-q", "--no-cache-dir"]
-        wanted = (f"torch=={version}", "torchvision", "-e", ".[matrix]")
+        wanted = (f"torch=={version}", "torchvision", "timm", "-e", ".[matrix]")
         if subprocess.run([*install, *wanted], cwd=ROOT).returncode:
             return Row(version, "", Counter(failed=1), time.monotonic() - start)
         query = "import torch, triton; print(torch.__version__, triton.__version__)"
