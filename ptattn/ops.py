@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -249,16 +249,23 @@ def window_attention(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the backend that `auto` takes, and why each other one cannot run."""
+    """What `explain` found: the backend that `auto` takes, and why each other one cannot run.
+
+    `kept` is why dense attention is kept from torch's SDPA, where the kernels can run.
+    """
 
     op: str
     backend: str
     reasons: dict[str, tuple[str, ...]]
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: auto takes {self.backend}"]
         for name, reasons in self.reasons.items():
-            lines.append(f"  {name}: " + ("can run" if not reasons else "; ".join(reasons)))
+            text = "; ".join(reasons) or "can run"
+            if name == "sdpa" and self.kept:
+                text += ", but is not taken: " + "; ".join(self.kept)
+            lines.append(f"  {name}: {text}")
         return "\n".join(lines)
 
 
@@ -286,7 +293,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         name: tuple(backends.reasons_against(name, *tensors, windows=windows))
         for name in backends.BACKENDS
     }
-    return Explanation(op, backends.resolve("auto", *tensors, windows=windows), reasons)
+    backend = backends.resolve("auto", *tensors, windows=windows)
+    if op != "attention" or backend != "triton":
+        return Explanation(op, backend, reasons)
+    q, k, v = tensors[:3]
+    kept = backends.against_sdpa(q, k, v, given.get("key_mask"))
+    return Explanation(op, "triton" if kept else "sdpa", reasons, tuple(kept))
 
 
 _OPS = {
@@ -328,7 +340,7 @@ def _backend(
         return _settle(name, check, windows, x, *others)
     try:
         own = [None if t is None else _facts(t) for t in others]
-        key = (name, check, windows, autocast_dtype(x) is None, _facts(x), *own)
+        key = (name, check, windows, autocast_dtype(x), _facts(x), *own)
         found = _known.get(key)
     except (AttributeError, TypeError):  # no tensor, or symbolic sizes, which cannot be looked up
         return _settle(name, check, windows, x, *others)
@@ -340,7 +352,11 @@ def _settle(
 ) -> Backend:
     check(windows, *tensors)
     inputs = [t for t in tensors if t is not None and t.is_floating_point()]
-    return backends.load(backends.resolve(name, *inputs, windows=windows))
+    backend = backends.resolve(name, *inputs, windows=windows)
+    of_two = name == "auto" and backend == "triton" and check is checks.attention
+    if of_two and not backends.unmeasured(*tensors):
+        return cast(Backend, backends.Faster)
+    return backends.load(backend)
 
 
 def _number(scale: Any) -> float:
