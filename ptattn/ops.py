@@ -274,7 +274,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         op: the name of an operation, such as "window_attention".
-        *args, **kwargs: what the operation would be called with; tensors, grid and window matter.
+        *args, **kwargs: what the operation would be called with, but for a backend.
 
     Example:
         >>> print(explain("window_mean", torch.randn(1, 64, 32), (8, 8), (4, 4)))
@@ -297,7 +297,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op != "attention" or backend != "triton":
         return Explanation(op, backend, reasons)
     q, k, v = tensors[:3]
-    kept = backends.against_sdpa(q, k, v, given.get("key_mask"))
+    kept = backends.against_sdpa(q, k, v, given.get("key_mask"), given.get("scale") or 1.0)
     return Explanation(op, "triton" if kept else "sdpa", reasons, tuple(kept))
 
 
@@ -355,7 +355,7 @@ def _settle(
     backend = backends.resolve(name, *inputs, windows=windows)
     of_two = name == "auto" and backend == "triton" and check is checks.attention
     if of_two and not backends.unmeasured(*tensors):
-        return cast(Backend, backends.Faster)
+        return cast(Backend, backends.AutoDense)
     return backends.load(backend)
 
 

@@ -150,21 +150,23 @@ def resolve(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -
 # Dense attention under `auto`: torch's SDPA where the triton backend knows that it is faster.
 
 
-class Faster:
+class AutoDense:
     """The part of `auto` that is decided anew at each call: between torch's SDPA and the kernels,
     for a dense attention that `unmeasured` has nothing against. Which kernel torch takes depends on
     its settings, which a program may change at any time."""
 
     @staticmethod
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-        backend = "triton" if _kept(q, k, v) else "sdpa"
+        backend = "triton" if _kept(q, k, v, scale) else "sdpa"
         return load(backend).attention(q, k, v, key_mask, scale)
 
 
-def against_sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> list[str]:
+def against_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> list[str]:
     """Every reason why `auto` takes the kernels for a dense attention, where they can run, and not
     torch's SDPA; empty where it takes the latter."""
-    return unmeasured(q, k, v, key_mask) or _kept(q, k, v)
+    return unmeasured(q, k, v, key_mask) or _kept(q, k, v, scale)
 
 
 def unmeasured(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> list[str]:
@@ -185,9 +187,11 @@ def unmeasured(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> list
     return reasons
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """What holds now, and not at another time, against torch's SDPA."""
+def _kept(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[str]:
+    """What holds of this call, and may not of the next of such tensors, against torch's SDPA."""
     reasons = []
+    if scale < 0:
+        reasons.append("not measured with a negative scale")
     if torch.are_deterministic_algorithms_enabled():
         reasons.append("deterministic algorithms are asked for")
     if not all(map(_aligned, (q, k, v))):

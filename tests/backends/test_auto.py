@@ -98,6 +98,14 @@ def test_few_or_masked_keys_stay_with_the_kernels(gpu):
     assert "\n  sdpa: can run, but is not taken: measured from 768 keys on; got 120\n" in text
 
 
+def test_a_negative_scale_stays_with_the_kernels(gpu):
+    """Where the largest product has the smallest score."""
+    q = draw()
+    assert ops.attention(q, q, q, scale=-0.1) == "triton"
+    found = ptattn.explain("attention", q, q, q, scale=-0.1)
+    assert (found.backend, found.kept) == ("triton", ("not measured with a negative scale",))
+
+
 def test_another_gpu_keeps_the_kernels(gpu):
     gpu.capability = (10, 0)
     assert taken(draw(), draw())[0] == "triton"
