@@ -6,6 +6,9 @@ that of the tile of a few keys, `slots` the rows that a small window takes of it
 how many there are; `windowed` is 1 for windows, `masked` for a key mask.
 "default" serves every architecture and kernel that has no entries of its own.
 `python -m benchmarks.gpu --tune` writes entries for the GPU at hand.
+
+"dense_by_torch" is no kernel of ours: it has the dense attentions that a kernel of torch's was
+measured to do faster, as `Faster` has it. It is written by hand, from a run of `ptattn bench ops`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PATH = Path(__file__).with_name("configs.json")
 
@@ -28,8 +32,25 @@ class Config:
     keys: int = 64
 
 
+@dataclass(frozen=True)
+class Faster:
+    """Dense attention without a mask that `kernel` of torch.nn.attention.SDPBackend does faster.
+
+    It was measured in the run of the folder `run`, for this dtype and head dim, and for no fewer
+    `heads` of all samples together, `queries` and `keys` than these.
+    """
+
+    dtype: str
+    head_dim: int
+    heads: int
+    queries: int
+    keys: int
+    kernel: str
+    run: str
+
+
 @functools.cache
-def table() -> dict[str, dict[str, list[dict[str, int]]]]:
+def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
@@ -41,3 +62,7 @@ def find(kernel: str, arch: str, **sizes: int) -> Config:
         if all(size <= entry.get(f"max_{name}", size) for name, size in sizes.items()):
             return Config(**{k: v for k, v in entry.items() if not k.startswith("max_")})
     raise LookupError(f"configs.json has no entry for {kernel} on {arch} with {sizes}")
+
+
+def faster(arch: str) -> tuple[Faster, ...]:
+    return tuple([Faster(**entry) for entry in table().get(arch, {}).get("dense_by_torch", ())])

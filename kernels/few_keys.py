@@ -89,6 +89,20 @@ def few_keys_forward(
         store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
 
 
+@triton.jit
+def _pairs(x0, x1, y0, y1, AXIS: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of queries x with keys y, the keys along AXIS."""
+    if AXIS == 1:
+        return outer(x0, x1, y0, y1, D1, PRECISION)
+    else:
+        return outer(y0, y1, x0, x1, D1, PRECISION)
+
+
+@triton.jit
+def _keys_first(p, AXIS: tl.constexpr):
+    return tl.trans(p) if AXIS == 1 else p
+
+
 @triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h", "dq_b", "dq_n", "dk_b", "dk_n"))
 def few_keys_backward(
     q, k, v, mask, g, dq, dk, dv,
@@ -121,27 +135,31 @@ def few_keys_backward(
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
     dk0, dk1 = zeros(KEYS, D0, D1, ACC)
     dv0, dv1 = zeros(KEYS, D0, D1, ACC)
+    # [queries, keys]: a query's sums stay within four threads. With more keys that takes too many
+    # registers; turned, the weights enter two of the products as they are.
+    AXIS: tl.constexpr = 1 if KEYS <= 64 else 0
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
-        # Transposed, [keys, queries]: so the weights enter two of the products as they are. A query
-        # past the last has q = 0 and g = 0, and adds nothing to dk and dv.
-        s = outer(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, present[:, None], 0)
-        p /= total[None, :]
+        # A query past the last has q = 0 and g = 0, and adds nothing to dk and dv.
+        s = _pairs(q0, q1, k0, k1, AXIS, D1, PRECISION) * (scale * LOG2E)
+        p, total = softmax(s, tl.expand_dims(present, 1 - AXIS), AXIS)
+        p *= tl.expand_dims(1.0 / total, AXIS)
         if NEED_V:
-            dv0, dv1 = accumulate(p, g0, g1, dv0, dv1, D1, PRECISION)
+            dv0, dv1 = accumulate(_keys_first(p, AXIS), g0, g1, dv0, dv1, D1, PRECISION)
         if NEED_Q or NEED_K:
-            ds = softmax_gradient(p, outer(v0, v1, g0, g1, D1, PRECISION), 0) * scale
+            dp = _pairs(g0, g1, v0, v1, AXIS, D1, PRECISION)
+            ds = softmax_gradient(p, dp, AXIS) * scale
             if NEED_Q:
-                x0, x1 = product(tl.trans(ds), k0, k1, D1, PRECISION)
+                of_queries = ds if AXIS == 1 else tl.trans(ds)
+                x0, x1 = product(of_queries, k0, k1, D1, PRECISION)
                 # By the tile's first row and rows from 0 on, which takes fewer registers.
                 tile = dq + tl.multiple_of(start * dq_n.to(tl.int64), OUT)
                 store_rows(tile, row - start, dq_n, valid, x0, x1, D, D0, D1, OUT)
             if NEED_K:
-                dk0, dk1 = accumulate(ds, q0, q1, dk0, dk1, D1, PRECISION)
+                dk0, dk1 = accumulate(_keys_first(ds, AXIS), q0, q1, dk0, dk1, D1, PRECISION)
     # Where a query's weights are NaN, so are those of the keys that take no part.
     takes_part = present[:, None]
     own = head_offset(batch * splits + split, head, dk_b, D, OUT)
@@ -209,8 +227,11 @@ def _backward_plan(
 
 def _splits(queries: int, keys: int) -> int:
     """Programs that share a head's queries in the backward. With up to 64 keys they are small
-    enough for several on a multiprocessor, so that more of them pay."""
-    return host.cdiv(queries, 256) if keys <= 64 else splits_of(queries, 1)
+    enough for several on a multiprocessor, so that more of them pay: one for 256 queries, and for
+    512 where 16 programs a head fill a large GPU, as each writes a part that is read again."""
+    if keys > 64:
+        return splits_of(queries, 1)
+    return max(min(host.cdiv(queries, 256), 16), host.cdiv(queries, 512))
 
 
 def _tiles(kernel: str, q: Any, m: int, target: tuple[str, str]) -> tuple[Config, dict[str, int]]:

@@ -75,17 +75,16 @@ def target(x: Tensor) -> tuple[str, str]:
     float32 are made; plans depend on both."""
     # Of torch's two settings this one can be read whichever was set.
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return _recorder.arch if _recorder else _arch(x.device), "tf32" if tf32 else "ieee"
+    return _recorder.arch if _recorder else arch_of(x.device), "tf32" if tf32 else "ieee"
 
 
 @functools.cache
-def _arch(device: torch.device) -> str:
+def arch_of(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
-    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 # Plans and their start.

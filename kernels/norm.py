@@ -77,6 +77,18 @@ def _row_sums(x):
 
 
 @triton.jit
+def _three_sums(a, b, c):
+    """`_row_sums` of three tiles, in one exchange between the threads of a row."""
+    ac, bc = tl.split(tl.sum(tl.join(tl.join(a, c), tl.join(b, c)), 1))
+    a, c = tl.split(ac)
+    b, _c = tl.split(bc)
+    if a.shape[0] == 1:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    else:
+        return a[:, None], b[:, None], c[:, None]
+
+
+@triton.jit
 def _row_means(x0, x1, C: tl.constexpr, C1: tl.constexpr):
     """Means over channels, as `_row_sums`; there must be zeros past channel C.
 
@@ -95,14 +107,21 @@ def _center(x, mean, START: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def normalize(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
-    """LayerNorm of [R, C0], [R, C1], and the factor 1 / deviation; 0 past channel C."""
+def _centered(x0, x1, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
+    """[R, C0], [R, C1] less their mean over channels."""
     mean = _row_means(x0, x1, C, C1)
     x0 = _center(x0, mean, 0, C0, C)
     if C1 > 0:
         x1 = _center(x1, mean, C0, C1, C)
+    return x0, x1
+
+
+@triton.jit
+def normalize(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
+    """LayerNorm of [R, C0], [R, C1]; 0 past channel C."""
+    x0, x1 = _centered(x0, x1, C, C0, C1)
     factor = 1.0 / tl.sqrt(_row_means(x0 * x0, x1 * x1, C, C1) + eps)
-    return x0 * factor, x1 * factor, factor
+    return x0 * factor, x1 * factor
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -127,7 +146,7 @@ def norm_forward(
         x0.to(ACC), x1.to(ACC), y, y_n, gate0, gate1, total + own, token, valid, ADD, GATED,
         C, C0, C1, ALIGN, ACC,
     )  # fmt: skip
-    x0, x1, _ = normalize(x0, x1, eps, C, C0, C1)
+    x0, x1 = normalize(x0, x1, eps, C, C0, C1)
     if MODULATED:
         shift0, shift1 = load_vector(shift, batch, shift_b, True, C, C0, C1, ALIGN, ACC)
         scale0, scale1 = load_vector(scale, batch, scale_b, True, C, C0, C1, ALIGN, ACC)
@@ -190,18 +209,24 @@ def norm_backward(
         dx0, dx1 = zeros(ROWS, C0, C1, ACC)
         if NORM:
             x0, x1 = load_rows(x, token, x_n, valid, C, C0, C1, ALIGN)
-            x0, x1, factor = normalize(x0.to(ACC), x1.to(ACC), eps, C, C0, C1)
-            g0, g1 = load_rows(dnormed, token, dnormed_n, valid, C, C0, C1, ALIGN)
-            g0, g1 = g0.to(ACC), g1.to(ACC)
+            d0, d1 = load_rows(dnormed, token, dnormed_n, valid, C, C0, C1, ALIGN)
+            d0, d1 = d0.to(ACC), d1.to(ACC)
+            g0, g1 = d0 * (1.0 + scale0), d1 * (1.0 + scale1)
+            # Threads wait for each other twice for a row: for its mean, and for these three sums.
+            x0, x1 = _centered(x0.to(ACC), x1.to(ACC), C, C0, C1)
+            squares, mean, along = _three_sums(x0 * x0, g0, g0 * x0)
+            if C1 > 0:
+                squares1, mean1, along1 = _three_sums(x1 * x1, g1, g1 * x1)
+                squares, mean, along = squares + squares1, mean + mean1, along + along1
+            factor = 1.0 / tl.sqrt(squares / C + eps)
+            x0, x1 = x0 * factor, x1 * factor
+            mean, along = mean / C, along * factor / C
             if NEED_MODULATION:
-                dshift0 += tl.sum(g0, 0)[None, :]
-                dscale0 += tl.sum(g0 * x0, 0)[None, :]
+                dshift0 += tl.sum(d0, 0)[None, :]
+                dscale0 += tl.sum(d0 * x0, 0)[None, :]
                 if C1 > 0:
-                    dshift1 += tl.sum(g1, 0)[None, :]
-                    dscale1 += tl.sum(g1 * x1, 0)[None, :]
-            g0, g1 = g0 * (1.0 + scale0), g1 * (1.0 + scale1)
-            mean = _row_means(g0, g1, C, C1)
-            along = _row_means(g0 * x0, g1 * x1, C, C1)
+                    dshift1 += tl.sum(d1, 0)[None, :]
+                    dscale1 += tl.sum(d1 * x1, 0)[None, :]
             dx0 = (g0 - mean - x0 * along) * factor
             dx1 = (g1 - mean - x1 * along) * factor
         if TOTAL:

@@ -72,7 +72,7 @@ def pool_forward(
         if C1 > 0:
             sum1 += tl.sum(x1, 0)[None, :]
         if NORM:
-            x0, x1, _ = normalize(x0, x1, eps, C, C0, C1)
+            x0, x1 = normalize(x0, x1, eps, C, C0, C1)
             store_rows(normed + own, token, C, valid, x0, x1, C, C0, C1, OUT)
     row = (batch * windows + window) * splits + split + tl.zeros([1], tl.int32)
     one = tl.full([1], True, tl.int1)
@@ -119,7 +119,7 @@ def _plan(
     (b, _, c), m = x[0], windows.num_windows
     largest = host.largest_window(windows)
     config, tile = tile_of("pool_forward", x, largest, target)
-    splits = host.cdiv(largest, 32)
+    splits = _splits(x[0][1], largest)
     strides = host.strides_of(x, y or x)
     numbers = (*strides, stride_of(gate), splits, eps or 0.0, *host.geometry(windows))
     flags = dict(ADD=y is not None, GATED=gate is not None, NORM=eps is not None)
@@ -127,3 +127,9 @@ def _plan(
     constants = flags | dict(STAGES=config.stages) | tile | dict(ALIGN=align)
     plan = Plan(pool_forward, b * m * splits, *numbers, config=config, **constants)
     return plan, (b, m, c), (b * m, splits, c) if splits > 1 else ()
+
+
+def _splits(tokens: int, window: int) -> int:
+    """Programs that share a window: one for 32 tokens or, where a grid is small, for as few as 8,
+    so that some hundred programs run. A window of up to 32 tokens is one program's."""
+    return 1 if window <= 32 else host.cdiv(window, min(32, max(8, tokens // 1024)))

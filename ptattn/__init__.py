@@ -3,11 +3,12 @@
 __version__ = "0.1.0"
 
 from . import checkpoint, flops, models
+from .explanation import explain
 from .geometry import WindowGrid
 from .graphs import graphed
 from .layers import GlobalInteraction, TextureComplement
 from .models.fuse import fuse, unfuse
-from .ops import attention, explain, window_attention, window_mean
+from .ops import attention, window_attention, window_mean
 from .proxy_attention import ProxyAttention
 from .replace import AttentionReport, replace_attention, restore_attention
 from .replaced import load_replaced, save_replaced

@@ -6,11 +6,9 @@ dim. Inputs may have any strides; outputs are contiguous and of the input dtype.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -302,64 +300,6 @@ def packed_window_attention(
     return run(qkv, windows, qkv.shape[-1] ** -0.5 if scale is None else _number(scale))
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found: the backend that `auto` takes, and why each other one cannot run."""
-
-    op: str
-    backend: str
-    reasons: dict[str, tuple[str, ...]]
-
-    def __str__(self) -> str:
-        lines = [f"{self.op}: auto takes {self.backend}"]
-        for name, reasons in self.reasons.items():
-            lines.append(f"  {name}: " + ("can run" if not reasons else "; ".join(reasons)))
-        return "\n".join(lines)
-
-
-def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend `auto` takes for a call, and each reason why another cannot run.
-
-    Args:
-        op: the name of an operation, such as "window_attention".
-        *args, **kwargs: what the operation would be called with; tensors, grid and window matter.
-
-    Example:
-        >>> print(explain("window_mean", torch.randn(1, 64, 32), (8, 8), (4, 4)))
-        window_mean: auto takes sdpa
-          reference: can run
-          sdpa: can run
-          triton: on the CPU the kernels run under TRITON_INTERPRET=1 only
-    """
-    if op not in _OPS:
-        raise ValueError(f"op must be one of {', '.join(_OPS)}; got {op!r}")
-    given = inspect.signature(_OPS[op]).bind_partial(*args, **kwargs).arguments
-    tensors = unpacked(*[a for a in given.values() if isinstance(a, Tensor)])
-    geometry = [given[name] for name in ("grid", "window", "shift") if name in given]
-    windows = window_grid(*geometry) if geometry else None
-    reasons = {
-        name: tuple(backends.reasons_against(name, *tensors, windows=windows))
-        for name in backends.BACKENDS
-    }
-    return Explanation(op, backends.resolve("auto", *tensors, windows=windows), reasons)
-
-
-_OPS = {
-    function.__name__: function
-    for function in (
-        window_mean,
-        layer_norm,
-        residual_layer_norm,
-        layer_norm_window_mean,
-        residual_layer_norm_window_mean,
-        attention,
-        window_attention,
-        packed_attention,
-        packed_window_attention,
-    )
-}
-
-
 def _unshifted(grid: Sequence[int] | WindowGrid, window: Sequence[int] | None = None) -> WindowGrid:
     windows = window_grid(grid, window)
     if any(windows.shift):
@@ -369,6 +309,7 @@ def _unshifted(grid: Sequence[int] | WindowGrid, window: Sequence[int] | None = 
 
 # What a call depends on of its tensors, until they are at work.
 _facts = attrgetter("__class__", "shape", "dtype", "device")
+_DENSE = checks.attention, checks.packed_attention
 # The backend of each call that has passed its check, by all that the check and the choice look at.
 _known: Memo[Backend] = Memo()
 
@@ -385,7 +326,7 @@ def _backend(
         return _settle(name, check, windows, x, *others)
     try:
         own = [None if t is None else _facts(t) for t in others]
-        key = (name, check, windows, autocast_dtype(x) is None, _facts(x), *own)
+        key = (name, check, windows, autocast_dtype(x), _facts(x), *own)
         found = _known.get(key)
     except (AttributeError, TypeError):  # no tensor, or symbolic sizes, which cannot be looked up
         return _settle(name, check, windows, x, *others)
@@ -396,8 +337,14 @@ def _settle(
     name: str, check: Callable[..., None], windows: WindowGrid | None, *tensors: Any
 ) -> Backend:
     check(windows, *tensors)
-    inputs = unpacked(*[t for t in tensors if t is not None and t.is_floating_point()])
-    return backends.load(backends.resolve(name, *inputs, windows=windows))
+    floating = [t for t in tensors if t is not None and t.is_floating_point()]
+    inputs = unpacked(*floating)
+    backend = backends.resolve(name, *inputs, windows=windows)
+    if name == "auto" and backend == "triton" and check in _DENSE:
+        *_, key_mask = tensors
+        if not backends.unmeasured(*inputs, key_mask):
+            return cast(Backend, backends.AutoDense)
+    return backends.load(backend)
 
 
 def _number(scale: Any) -> float:

@@ -22,6 +22,9 @@ def test_every_call_on_cuda_compiles_to_its_kernels():
     outcomes = json.loads(done.stdout)
     failed = [f"{name}: {text}" for name, text in outcomes.items() if isinstance(text, str)]
     assert not failed, "\n\n".join(failed)
+    assert outcomes.pop("auto") == ["attention"]  # in float32
+    for name in ("auto, autocast", "auto of any size, autocast"):
+        assert outcomes.pop(name) == ["sdpa"]
     for name, found in outcomes.items():
         forward = {operator for operator in found if not operator.endswith("_backward")}
         backward = {f"{operator}_backward" for operator in forward}

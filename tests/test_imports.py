@@ -18,6 +18,7 @@ ORDER = [
     {"kernels", "checks"},
     {"backends"},
     {"ops"},
+    {"explanation"},
     {"layers"},
     {"models", "proxy_attention"},
     {"hosts"},

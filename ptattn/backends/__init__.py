@@ -11,8 +11,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
 
+from ..context import autocast_dtype
 from ..geometry import WindowGrid
+from ..packed import unpacked
 from . import reference, sdpa
 
 BACKENDS = ("reference", "sdpa", "triton")
@@ -133,6 +136,8 @@ def check(backend: str) -> None:
 def resolve(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -> str:
     """The backend that runs: the one named, or for `auto` triton on a GPU where it can, else sdpa.
 
+    Of dense attention `auto` leaves to sdpa what `against_sdpa` has no reason against.
+
     Raises:
         ValueError: an unknown name.
         RuntimeError: the named backend cannot run here; the message lists every reason.
@@ -148,3 +153,97 @@ def resolve(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -
     if reasons := reasons_against(backend, *tensors, windows=windows):
         raise RuntimeError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))
     return backend
+
+
+# Dense attention under `auto`: torch's SDPA where the triton backend knows that it is faster.
+
+
+class AutoDense:
+    """The part of `auto` that is decided anew at each call: between torch's SDPA and the kernels,
+    for a dense attention that `unmeasured` has nothing against. Which kernel torch takes depends on
+    its settings, which a program may change at any time."""
+
+    @staticmethod
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+        backend = "triton" if _kept(q, k, v, scale) else "sdpa"
+        return load(backend).attention(q, k, v, key_mask, scale)
+
+    @staticmethod
+    def packed_attention(
+        q: Tensor, kv: Tensor | None, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
+        backend = "triton" if _kept(*unpacked(q, kv), scale) else "sdpa"
+        return load(backend).packed_attention(q, kv, key_mask, scale)
+
+
+def against_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> list[str]:
+    """Every reason why `auto` takes the kernels for a dense attention, where they can run, and not
+    torch's SDPA; empty where it takes the latter."""
+    return unmeasured(q, k, v, key_mask) or _kept(q, k, v, scale)
+
+
+def unmeasured(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> list[str]:
+    """Where torch's SDPA was not measured to be faster; depends on shapes, dtype and device."""
+    faster = _faster(q)
+    if faster is None:
+        dtype = _name(_dtype(q))
+        return [f"not measured to be faster on this GPU for {dtype} and head dim {q.shape[-1]}"]
+    reasons = [] if key_mask is None else ["not measured with a key mask"]
+    for name, got in (
+        ("heads", q.shape[0] * q.shape[2]), ("queries", q.shape[1]), ("keys", k.shape[1]),
+    ):  # fmt: skip
+        least = getattr(faster, name)
+        if got < least:
+            reasons.append(f"measured from {least} {name} on; got {got}")
+    if any(3 * t.numel() >= 2**31 for t in (q, k, v)):  # as much as a packed projection spans
+        reasons.append("not measured for tensors of 2**31 / 3 elements and more")
+    return reasons
+
+
+def _kept(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[str]:
+    """What holds of this call, and may not of the next of such tensors, against torch's SDPA."""
+    reasons = []
+    if scale < 0:
+        reasons.append("not measured with a negative scale")
+    if torch.are_deterministic_algorithms_enabled():
+        reasons.append("deterministic algorithms are asked for")
+    if not all(map(_aligned, (q, k, v))):
+        reasons.append("rows of channels do not begin at multiples of 16 bytes")
+    faster = _faster(q)
+    taken = _kernel_of_torch(q.device, _dtype(q), faster.head_dim)
+    if taken != faster.kernel:
+        reasons.append(f"torch takes {taken} here; {faster.kernel} was measured")
+    return reasons
+
+
+def _aligned(t: Tensor) -> bool:
+    """torch.compile does not tell offsets."""
+    offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
+    *strides, last = t.stride()
+    return last == 1 and not any(number % 8 for number in (offset, *strides))
+
+
+def _faster(q: Tensor) -> Any:
+    """What was measured for this dtype and head dim, if anything."""
+    triton: Any = load("triton")
+    for found in triton.faster_dense(q.device):
+        if (found.dtype, found.head_dim) == (_name(_dtype(q)), q.shape[-1]):
+            return found
+    return None
+
+
+def _dtype(q: Tensor) -> torch.dtype:
+    return autocast_dtype(q) or q.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.compiler.assume_constant_result
+def _kernel_of_torch(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The kernel that SDPA takes by itself, as its version has it and its settings are now."""
+    x = torch.empty(head_dim, dtype=dtype, device=device).expand(1, 1, 1024, head_dim)
+    return SDPBackend(torch._fused_sdp_choice(x, x, x)).name

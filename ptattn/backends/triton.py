@@ -15,7 +15,7 @@ from torch import Tensor
 from ..context import autocast_dtype
 from ..geometry import WindowGrid
 from ..kernels import attention as attention_kernels
-from ..kernels import host
+from ..kernels import configs, host
 from ..kernels import norm as norm_kernels
 from ..kernels import pool as pool_kernels
 from ..kernels.host import Need
@@ -25,6 +25,12 @@ from .operator import Differentiable, Operator
 INTERPRETED, TRITON, MAX_WINDOW = host.INTERPRETED, host.TRITON, host.MAX_WINDOW
 
 _Ints = Sequence[int]
+
+
+@torch.compiler.assume_constant_result
+def faster_dense(device: torch.device) -> tuple[configs.Faster, ...]:
+    """What kernels of torch's were measured to do faster than ours on this GPU."""
+    return configs.faster(host.arch_of(device))
 
 
 # What ops.py calls.

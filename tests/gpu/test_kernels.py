@@ -42,8 +42,8 @@ WINDOWS = {
     "video": ((7, 9, 11), (4, 4, 4), (2, 2, 2)),
 }
 KEYS = (7, 64, 65, 128, 129, 300, 768)
-# Of the kernel for few keys, and of the one that loops.
-LENGTHS = ((100, 70), (100, 200))
+# Of the kernel for few keys, whose backward turns its tiles from 65 on, and of the one that loops.
+LENGTHS = ((100, 50), (100, 70), (100, 200))
 MEANS = {
     "image": ((16, 16), (4, 4)),
     "ragged": ((7, 9), (4, 3)),
@@ -65,7 +65,7 @@ def test_window_head_dims(head_dim, dtype):
 
 
 @each("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=["few", "loop"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["few", "turned", "loop"])
 @each("head_dim", HEAD_DIMS)
 def test_dense_head_dims(head_dim, lengths, dtype):
     hold(dense, lengths, dtype, head_dim=head_dim)
@@ -90,7 +90,7 @@ def test_dense_keys(keys, masked, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lengths", [None, *LENGTHS], ids=["window", "few", "loop"])
+@pytest.mark.parametrize("lengths", [None, *LENGTHS], ids=["window", "few", "turned", "loop"])
 def test_layouts(lengths, layout):
     sizes = dict(dtype=bf16, head_dim=72, layout=layout, upstream=layout)
     hold(windows, **sizes) if lengths is None else hold(dense, lengths, **sizes)

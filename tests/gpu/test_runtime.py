@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ptattn
+from ptattn import backends
 from ptattn.bench import op_cases, op_parity
 from tests.models.test_models import small
 from tests.support import gpu as gpu_support
@@ -329,9 +332,38 @@ def test_auto_takes_the_kernels():
     for name in ("window", "few-keys"):
         function, tensors, _, args = CALLS[name]()
         op = "attention" if function is attention else "window_attention"
-        assert ptattn.ops.explain(op, *tensors, *args).backend == "triton"
+        assert ptattn.explain(op, *tensors, *args).backend == "triton"
         out = getattr(ptattn.ops, op)(*tensors, *args)
         assert torch.equal(out, function(*tensors, *args))
+
+
+def test_auto_takes_cudnn_where_it_was_measured_to_be_faster():
+    """And only while torch would take it by itself, and need not repeat bits."""
+    qkv = [torch.randn(1, 1024, 16, 72, device="cuda", dtype=bf16) for _ in range(3)]
+
+    def taken():
+        found = ptattn.explain("attention", *qkv)
+        named = ptattn.attention(*qkv, backend=found.backend)
+        assert torch.equal(ptattn.attention(*qkv), named)
+        return found.backend
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        assert taken() == "triton"
+        return
+    cudnn = backends._kernel_of_torch(qkv[0].device, bf16, 72) == "CUDNN_ATTENTION"
+    assert taken() == ("sdpa" if cudnn else "triton")
+    for settings in (sdpa_kernel(SDPBackend.FLASH_ATTENTION), deterministic()):
+        with settings:
+            assert taken() == "triton"
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def peak(function):

@@ -12,7 +12,7 @@ from ptattn.geometry import WindowGrid
 from tests.support.cases import LAYOUTS
 
 triton = pytest.importorskip("triton")
-from ptattn.kernels import attention, configs, host, window  # noqa: E402
+from ptattn.kernels import attention, configs, host, pool, window  # noqa: E402
 
 WINDOWS = WindowGrid((4, 20, 30), (2, 4, 4), (1, 2, 2))
 LARGE = WindowGrid((4, 20, 30), (4, 8, 8), (2, 4, 4))
@@ -99,6 +99,42 @@ def test_work_is_cut_alike_in_every_batch(which):
         assert (a.constants, a.config) == (b.constants, b.config)
         numbers = [[x for x in launch.args if not torch.is_tensor(x)] for launch in (a, b)]
         assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "programs"),
+    [
+        ((64, 64), (8, 8), 512),  # 128 once, on 132 multiprocessors
+        ((128, 128), (16, 16), 1024),
+        ((256, 256), (16, 16), 2048),
+        ((64, 64), (4, 4), 256),  # a second launch would cost more
+    ],
+    ids=str,
+)
+def test_means_of_a_small_grid_are_cut_finer(grid, window, programs):
+    """28 µs for what the norm alone takes 13 for, on an H200 with few programs at work."""
+    windows = WindowGrid(grid, window)
+    for batch in (1, 3):
+        x = torch.empty(batch, windows.num_tokens, 1152, dtype=torch.bfloat16, device="meta")
+        with host.record("sm90") as launches:
+            pool.forward(x, None, None, windows, 1e-6, x.dtype)
+        names = [one.kernel.__name__ for one in launches]
+        cut = programs > windows.num_windows
+        assert names == ["pool_forward", "sum_splits"][: 1 + cut]
+        assert launches[0].programs == batch * programs
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "parts"),
+    [(100, 64, 1), (4096, 64, 16), (16384, 64, 32), (49152, 64, 96), (16384, 65, 16)],
+)
+def test_few_keys_are_summed_of_few_parts(queries, keys, parts):
+    """Of parts for 256 queries each, those of 16,384 queries were half as many bytes as q and dq
+    together, written and read again."""
+    q, k, v = qkv(1, queries, heads=16, keys=keys)
+    with host.record("sm90") as launches:
+        attention.dense_backward(q, k, v, None, 0.1, None, None, q, (True,) * 3)
+    assert launches[0].programs == 16 * parts
 
 
 def test_no_work_for_an_empty_batch():

@@ -17,7 +17,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
 import ptattn
-from ptattn import ops
+from ptattn import backends, ops
+from ptattn.backends import sdpa
 from tests.models.test_models import condition_for, small
 
 GRID, WINDOW, SHIFT = (8, 24), (4, 4), (2, 2)
@@ -47,6 +48,12 @@ def attention(keys, masked=False):
 def window_attention(window):
     geometry = dict(grid=GRID, window=window, shift=SHIFT)
     return operation(ops.window_attention, dict.fromkeys("qkv", HEADS), **geometry)
+
+
+def attention_by_auto():
+    """In bfloat16 faster by torch's SDPA, on the GPU that is played here."""
+    shape = (1, 1024, 16, 72)
+    return ops.attention, dict.fromkeys("qkv", torch.randn(shape))
 
 
 def layer():
@@ -109,6 +116,7 @@ def operators(make, device, dynamic):
     def keep(graph, _inputs):
         names = (str(node.target).split(".") for node in graph.graph.nodes)
         found.update(name[1] for name in names if name[0] == "ptattn")
+        found.update("sdpa" for node in graph.graph.nodes if node.name == "sigmoid")
         return graph.forward
 
     on_meta = device == "meta"
@@ -158,9 +166,18 @@ def main():
         outcomes[name] = outcome(make)
         with autocast():
             outcomes[f"{name}, autocast"] = outcome(make)
+    outcomes["auto"] = outcome(attention_by_auto)
+    with autocast():
+        outcomes["auto, autocast"] = outcome(attention_by_auto)
+        outcomes["auto of any size, autocast"] = outcome(attention_by_auto, dynamic=True)
     return outcomes
 
 
 if __name__ == "__main__":
-    with patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+    with (
+        patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        patch.object(backends, "_kernel_of_torch", lambda *_: "CUDNN_ATTENTION"),
+        # Without CUDA torch has no attention of fake CUDA tensors.
+        patch.object(sdpa, "_sdpa", lambda q, k, v, scale: q.sigmoid()),
+    ):
         print(json.dumps(main(), indent=1))
