@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..geometry import WindowGrid
-from . import few_keys, flash, window
+from . import few_keys, flash, flash_backward, window
 from .host import Need
 
 # A window of more tokens, or an attention to more keys, loops over its keys.
@@ -34,7 +34,7 @@ def dense_backward(
     """dq, dk, dv; None where `need` says that one is not."""
     if out is None or lse is None:
         return few_keys.backward(q, k, v, key_mask, scale, g, need)
-    return flash.backward(q, k, v, key_mask, scale, None, out, lse, g, need)
+    return flash_backward.backward(q, k, v, key_mask, scale, None, out, lse, g, need)
 
 
 def windowed(
@@ -53,4 +53,4 @@ def windowed_backward(
     """As `dense_backward`, within windows."""
     if out is None or lse is None:
         return window.backward(q, k, v, windows, scale, g, need)
-    return flash.backward(q, k, v, None, scale, windows, out, lse, g, need)
+    return flash_backward.backward(q, k, v, None, scale, windows, out, lse, g, need)
