@@ -144,6 +144,7 @@ def test_layouts_of_means(layout):
 def test_mixed_layouts(dtype):
     layouts = ("packed", "transposed", "expanded")
     check_windows(dtype=dtype, **one_head, head_dim=16, layout=layouts, upstream="step-2")
+    check_windows(TINY_LARGE, dtype, **one_head, head_dim=16, layout=layouts)
 
 
 @each("dtype", DTYPES)
