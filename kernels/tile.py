@@ -25,8 +25,8 @@ def head_offset(batch, head, stride_b, stride_h, ALIGN: tl.constexpr):
 
 @triton.jit
 def row_offset(row, stride, ALIGN: tl.constexpr):
-    """Offset of one row, for an int64 stride; as `head_offset`."""
-    return tl.multiple_of(row * stride, ALIGN)
+    """Offset of one row; as `head_offset`."""
+    return tl.multiple_of(row * stride.to(tl.int64), ALIGN)
 
 
 @triton.jit

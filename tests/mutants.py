@@ -64,6 +64,7 @@ class Fault(NamedTuple):
 TILE = [
     Fault("tile", "dropped int64 of samples", "batch.to(tl.int64) * stride_b", "batch * stride_b"),
     Fault("tile", "dropped int64 of rows", "row.to(tl.int64) * stride", "row * stride"),
+    Fault("tile", "dropped int64 of blocks", "row * stride.to(tl.int64)", "row * stride"),
     Fault("tile", "one channel too many", "WIDTH) < D)[None, :]", "WIDTH) <= D)[None, :]"),
     Fault("tile", "second tile of the wrong channels",
           "x1 = tl.load(_pointers(x, row, stride, D0, D1",
