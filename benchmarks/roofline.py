@@ -32,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.sass import SPECIAL_CYCLES, Code
 from ptattn.geometry import WindowGrid
+from ptattn.kernels import host
 from ptattn.kernels.host import Launch
 
 KIB = 1024
@@ -215,8 +216,9 @@ def _padded_window_pairs(windows: WindowGrid, rows: int, keys: int) -> int:
             for columns in windows.segments(2):
                 runs = (frames, lines, columns)
                 count = math.prod(run.number for run in runs)
-                tokens = math.prod(run.size for run in runs)
-                total += count * _pad(tokens, rows) * _pad(tokens, keys)
+                extents = [run.size for run in runs]
+                blocks = [host.blocks_of_box(extents, size) * size for size in (rows, keys)]
+                total += count * math.prod(blocks)
     return total
 
 

@@ -99,14 +99,14 @@ def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
     many = (_case("cross", head_dim, LARGE, (1, 4, 4)), _case("cross", head_dim, VIDEO, (4, 4, 4)))
     for name in ("forward", "backward_q", "backward_kv"):
         yield Job(f"flash_{name}", (*bounds, ("max_queries", 2048)), few)
-        # Tall tiles spill under masks and in windows, which these cases do not have.
+        # Masks and larger windows, which these cases do not have, may spill in tall tiles.
         dense = (("max_masked", 0), ("max_windowed", 0)) if name == "forward" else ()
         yield Job(f"flash_{name}", (*bounds, *dense), many)
 
 
 def candidates(kernel: str) -> list[Entry]:
     """Settings worth a try. A warp group multiplies 64 rows: fewer would lose wgmma, and a tile of
-    128 leaves no registers to 4 warps."""
+    128 leaves no registers to 4 warps but in `flash_forward`."""
     if kernel.startswith(("pool", "norm")):
         return [dict(warps=warps, stages=stages) for warps in (2, 4, 8) for stages in (1, 3)]
     tiles = ((64, 4), (64, 8), (128, 8))
@@ -117,6 +117,8 @@ def candidates(kernel: str) -> list[Entry]:
         ]
     # The side whose gradient is kept in registers sets the warps.
     own, other = ("keys", "rows") if kernel.endswith("_kv") else ("rows", "keys")
+    if kernel == "flash_forward":
+        tiles = (*tiles, (128, 4))
     return [
         {own: size, other: across, "warps": warps, "stages": stages}
         for (size, warps), across, stages in itertools.product(tiles, (64, 128), (2, 3))

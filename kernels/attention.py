@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..geometry import WindowGrid
 from ..packed import unpacked
-from . import few_keys, flash, host, window
+from . import few_keys, flash, flash_backward, host, window
 from .host import Gradients, Need
 
 # A window of more tokens, or an attention to more keys, loops over its keys.
@@ -45,7 +45,7 @@ def dense_backward(
     if out is None or lse is None:
         few_keys.backward(q, k, v, key_mask, scale, g, into)
     else:
-        flash.backward(q, k, v, key_mask, scale, None, out, lse, g, into)
+        flash_backward.backward(q, k, v, key_mask, scale, None, out, lse, g, into)
     return gradients
 
 
@@ -71,7 +71,7 @@ def windowed_backward(
     if out is None or lse is None:
         window.backward(q, k, v, windows, scale, g, into)
     else:
-        flash.backward(q, k, v, None, scale, windows, out, lse, g, into)
+        flash_backward.backward(q, k, v, None, scale, windows, out, lse, g, into)
     return gradients
 
 

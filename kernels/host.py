@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -362,6 +362,20 @@ def geometry(windows: WindowGrid | None) -> tuple[int, ...]:
 def largest_window(windows: WindowGrid) -> int:
     """Tokens of the largest window that the grid can hold."""
     return math.prod(min(n, p) for n, p in zip(windows.grid, windows.window, strict=True))
+
+
+def num_blocks(rows: int | WindowGrid, size: int) -> int:
+    """Blocks of `size` slots that hold so many rows, or the largest window that the grid can."""
+    if isinstance(rows, int):
+        return cdiv(rows, size)
+    return blocks_of_box([min(n, p) for n, p in zip(rows.grid, rows.window, strict=True)], size)
+
+
+def blocks_of_box(extents: Sequence[int], size: int) -> int:
+    """Blocks of `size` slots that hold a window as it is cut; the twin of `blocks.cut`."""
+    frames, lines, columns = extents
+    depth, height, width = (max(size // n, 1) for n in (lines * columns, columns, 1))
+    return cdiv(frames, depth) * cdiv(lines, height) * cdiv(columns, width)
 
 
 def cdiv(a: int, b: int) -> int:

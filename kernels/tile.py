@@ -24,9 +24,16 @@ def head_offset(batch, head, stride_b, stride_h, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def row_offset(row, stride, ALIGN: tl.constexpr):
+    """Offset of one row; as `head_offset`."""
+    return tl.multiple_of(row * stride.to(tl.int64), ALIGN)
+
+
+@triton.jit
 def _pointers(x, row, stride, START: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
     offset = tl.multiple_of(row.to(tl.int64) * stride, ALIGN)
-    return x + offset[:, None] + (START + tl.arange(0, WIDTH))[None, :]
+    # In a loop that moves x alone, what stands in brackets is found once.
+    return x + (offset[:, None] + (START + tl.arange(0, WIDTH))[None, :])
 
 
 @triton.jit
@@ -181,7 +188,7 @@ def quotient(x, y):
 
     Exact: (x + 1/2) / y is at least 1 / 2y from an integer, and float32 errs by less.
     """
-    return ((x.to(tl.float32) + 0.5) * (1.0 / y.to(tl.float32))).to(tl.int32)
+    return ((x + 0.5) * (1.0 / y)).to(tl.int32)
 
 
 @triton.jit

@@ -28,12 +28,15 @@ TESTS = (
     "tests/kernels/test_bounds.py",
     "tests/kernels/test_host.py",
     "tests/kernels/test_tile.py",
+    "tests/kernels/test_blocks.py",
     "tests/backends/test_operators.py",
 )
 # And the likeliest of these: they are run first, alone, and the rest only if they notice nothing.
 FIRST = {
     "few_keys": "few_keys or no_key or layouts or slices",
-    "flash": "large_windows or many_keys or no_key or scales or absent or slices",
+    "flash": "large_windows or many_keys or no_key or scales or absent or mixed or slices",
+    "flash_backward": "large_windows or many_keys or no_key or scales or slices",
+    "blocks": "blocks or many_keys or first_block",
     "pool": "means or norm",
     "norm": "norm",
     "reduce": "parts or slices",
@@ -62,6 +65,7 @@ class Fault(NamedTuple):
 TILE = [
     Fault("tile", "dropped int64 of samples", "batch.to(tl.int64) * stride_b", "batch * stride_b"),
     Fault("tile", "dropped int64 of rows", "row.to(tl.int64) * stride", "row * stride"),
+    Fault("tile", "dropped int64 of blocks", "row * stride.to(tl.int64)", "row * stride"),
     Fault("tile", "one channel too many", "WIDTH) < D)[None, :]", "WIDTH) <= D)[None, :]"),
     Fault("tile", "second tile of the wrong channels",
           "x1 = tl.load(_pointers(x, row, stride, D0, D1",
@@ -86,7 +90,7 @@ TILE = [
     Fault("tile", "last frames not cut off", "tl.minimum(start_f + pf, f) - f0", "pf"),
     Fault("tile", "last columns not cut off", "tl.minimum(start_w + pw, w) - w0", "pw"),
     Fault("tile", "division off at whole quotients",
-          "(x.to(tl.float32) + 0.5)", "x.to(tl.float32)"),
+          "(x + 0.5)", "(x + 0.0)"),
     Fault("tile", "height and width swapped",
           "(f0 + frame) * geometry[1] + h0", "(f0 + frame) * geometry[2] + h0"),
     Fault("tile", "frame by the wrong extent", "quotient(line, rows)", "quotient(line, columns)"),
@@ -161,9 +165,11 @@ FEW_KEYS = [
 
 FLASH = [
     Fault("flash", "key mask ignored in whole blocks",
-          "    o0, o1 = zeros(ROWS, D0, D1, ACC)\n    whole = 0 if MASKED else n_keys",
-          "    o0, o1 = zeros(ROWS, D0, D1, ACC)\n    whole = n_keys"),
-    Fault("flash", "one key too many", "present = slot < length", "present = slot <= length"),
+          "    whole = 0 if MASKED else whole\n", ""),
+    Fault("flash", "v read by the strides of k", "ALIKE=k[1] == v[1]", "ALIKE=True"),
+    Fault("flash", "windows of several frames taken for images",
+          "windows.window[0] == 1 and ", ""),
+    Fault("flash", "long lines taken for whole blocks", " and windows.window[2] <= size", ""),
     Fault("flash", "output not rescaled", "    o0 *= rescale[:, None]\n", ""),
     Fault("flash", "sum not rescaled", "total * rescale + tl.sum", "total + tl.sum"),
     Fault("flash", "sign of the scale lost", "if NEGATIVE:", "if NEGATIVE and ROWS < 0:"),
@@ -174,21 +180,39 @@ FLASH = [
     Fault("flash", "log-sum-exp of another head",
           "lse += (batch.to(tl.int64) * heads + head) * queries\n    tl.store",
           "lse += batch.to(tl.int64) * heads * queries\n    tl.store"),
-    Fault("flash", "gradient of masked values", "tl.where(takes_part, dv0, 0.0)", "dv0"),
-    Fault("flash", "queries counted by every split",
-          "split * share, tl.minimum((split + 1) * share, n_queries)", "split * share, n_queries"),
-    Fault("flash", "split and block swapped",
+    Fault("flash_backward", "gradient of masked values", "tl.where(takes_part, dv0, 0.0)", "dv0"),
+    Fault("flash_backward", "queries counted by every split",
+          "split * share, tl.minimum((split + 1) * share, count)", "split * share, count"),
+    Fault("flash_backward", "split and block swapped",
           "split, block = block // blocks, block % blocks",
           "block, split = block // blocks, block % blocks"),
-    Fault("flash", "dq without the scale", "dq0 * scale, dq1 * scale", "dq0, dq1 * scale"),
-    Fault("flash", "dk without the scale",
+    Fault("flash_backward", "dq without the scale", "dq0 * scale, dq1 * scale", "dq0, dq1 * scale"),
+    Fault("flash_backward", "dk without the scale",
           "tl.where(takes_part, dk0 * scale", "tl.where(takes_part, dk0"),
     Fault("flash", "keys of a window in raster order",
-          "v0, v1 = load_rows(v, key, v_n, present, D, D0, D1, ALIGN)\n    s =",
-          "v0, v1 = load_rows(v, slot, v_n, present, D, D0, D1, ALIGN)\n    s ="),
-    Fault("flash", "delta not taken off in dk", " - delta_row[None, :])", ")"),
+          "row_offset(first, v_n, ALIGN), key,",
+          "row_offset(first, v_n, ALIGN), tl.arange(0, KEYS),"),
+    Fault("flash", "values of the first block in every block",
+          "load_rows(v + row_offset(first, v_n, ALIGN)", "load_rows(v + row_offset(0, v_n, ALIGN)"),
+    Fault("flash_backward", "delta not taken off in dk", " - delta_row[None, :])", ")"),
     Fault("flash", "no guard for a first block without keys",
           'tl.where(new_high == float("-inf"), 0.0, new_high) if MASKED else new_high', "new_high"),
+]  # fmt: skip
+
+BLOCKS = [
+    Fault("blocks", "one row too many", "tl.arange(0, SIZE) < held", "tl.arange(0, SIZE) <= held"),
+    Fault("blocks", "empty slots of whole blocks",
+          "tl.where(count * SIZE == box_size(box), count, 0)", "count"),
+    Fault("blocks", "height and width swapped", "(frame * geometry[1] + line)",
+          "(frame * geometry[2] + line)"),
+    Fault("blocks", "lines past the window", "tl.minimum(lines - line, height)", "height"),
+    Fault("blocks", "frames past the window", "tl.minimum(frames - frame, depth)", "depth"),
+    Fault("blocks", "a line past the window", "tl.minimum(columns - column, width)", "width"),
+    Fault("blocks", "blocks a line apart", "0, block * height, 0", "0, block, 0"),
+    Fault("blocks", "blocks a frame apart", "            frame *= depth\n", ""),
+    Fault("blocks", "key mask of the first block", "mask + first + row", "mask + row"),
+    Fault("host", "too few programs for frames of a block",
+          "for n in (lines * columns, columns, 1)", "for n in (lines, columns, 1)"),
 ]  # fmt: skip
 
 NORM = [
@@ -264,7 +288,7 @@ HOST = [
           "return (self.k or self.v or (0, 0))[1] // 2, (self.k or self.v or (0, 0))[1] // 2"),
     Fault("window", "strides of gradients not among a plan's facts", "*own, heads, scale)",
           "heads * q[0][1] * q[0][3], heads * q[0][3], heads, scale)"),
-    Fault("flash", "dq by the strides of dk", "*into.of_queries, n, m", "*into.of_keys, n, m"),
+    Fault("flash_backward", "dq by the strides of dk", "*into.of_queries, n, m", "*into.of_keys, n, m"),
     Fault("host", "shift in the wrong direction", "*(-s % p for", "*(s for"),
     Fault("host", "alignment promised that is not there",
           "return math.gcd(16, *strides)", "return 16"),
@@ -305,7 +329,7 @@ WAY = [
           "(dx if gate is None else dy) if need_y", "dx if need_y"),
 ]  # fmt: skip
 
-FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *NORM, *HOST, *WAY]
+FAULTS = [*TILE, *WINDOW, *FEW_KEYS, *FLASH, *BLOCKS, *NORM, *HOST, *WAY]
 
 
 def run(fault: Fault | None, only: str = "") -> subprocess.CompletedProcess[str]:

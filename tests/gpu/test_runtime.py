@@ -233,12 +233,12 @@ def test_torch_compile(name):
 
 def compiled_kernels():
     """How many variants each kernel has been compiled to, in this process."""
-    from ptattn.kernels import few_keys, flash, norm, pool, reduce, window
+    from ptattn.kernels import few_keys, flash, flash_backward, norm, pool, reduce, window
 
     device = torch.cuda.current_device()
     return {
         name: len(kernel.device_caches[device][0])
-        for module in (few_keys, flash, norm, pool, reduce, window)
+        for module in (few_keys, flash, flash_backward, norm, pool, reduce, window)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "device_caches")
     }

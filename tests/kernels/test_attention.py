@@ -30,11 +30,15 @@ check_dense = partial(hold, "triton", dense)
 check_means = partial(hold, "triton", means)
 
 # (grid, window, shift). Of more than 64 tokens, so looped over: 7 x 9 in windows of 72 is edges
-# only, 12 x 13 has windows of whole blocks and a rest.
+# only; 8 x 24 has blocks without an empty slot alone, cut windows included; a block is several
+# lines, a line of several blocks, or several frames.
 LARGE = {
     "edges": ((7, 9), (9, 8), (4, 3)),
     "blocks": ((12, 13), (12, 11), (0, 5)),
+    "whole": ((8, 24), (8, 16), (0, 8)),
+    "long-lines": ((2, 75), (1, 70), (0, 9)),
     "video": ((3, 6, 7), (2, 6, 6), (1, 3, 2)),
+    "frames": ((7, 3, 4), (6, 3, 4), (2, 0, 0)),
     "over-axis": ((5, 6), (8, 16), (4, 8)),
 }
 TINY = ((3, 5), (2, 2), (1, 1))
@@ -149,6 +153,7 @@ def test_layouts_of_means(layout):
 def test_mixed_layouts(dtype):
     layouts = ("packed", "transposed", "expanded")
     check_windows(dtype=dtype, **one_head, head_dim=16, layout=layouts, upstream="step-2")
+    check_windows(TINY_LARGE, dtype, **one_head, head_dim=16, layout=layouts)
 
 
 @each("dtype", DTYPES)

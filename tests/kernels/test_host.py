@@ -156,8 +156,9 @@ def test_sizes_do_not_specialise():
     a new resolution would compile new kernels."""
     code = """
 import triton
-from ptattn.kernels import few_keys, flash, norm, pool, reduce, window
-kernels = [k for m in (few_keys, flash, norm, pool, reduce, window) for k in vars(m).values()
+from ptattn.kernels import few_keys, flash, flash_backward, norm, pool, reduce, window
+modules = few_keys, flash, flash_backward, norm, pool, reduce, window
+kernels = [k for m in modules for k in vars(m).values()
            if isinstance(k, triton.JITFunction) and k.__module__ == m.__name__
            and ("ward" in k.__name__ or k.__name__ == "sum_splits")]
 assert len(kernels) == 11, kernels
