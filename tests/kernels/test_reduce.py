@@ -8,7 +8,16 @@ from ptattn.kernels import host, reduce
 
 # (outer, splits, inner): less than a tile and one more part and column than it, short tiles and
 # tall ones, and several of both.
-SHAPES = [(2, 1, 8), (2, 3, 5), (1, 64, 32), (2, 65, 33), (3, 256, 40), (2, 600, 48)]
+SHAPES = [
+    (2, 1, 8),
+    (2, 3, 5),
+    (3, 8, 128),
+    (2, 9, 129),
+    (1, 64, 32),
+    (2, 65, 33),
+    (3, 256, 40),
+    (2, 600, 48),
+]
 
 
 def integers(*shape, dtype):
@@ -33,7 +42,7 @@ def test_sums_of_parts_are_rounded_once():
     assert torch.equal(out, parts.sum(1).bfloat16())
 
 
-@pytest.mark.parametrize("splits", [4, 60, 1000])
+@pytest.mark.parametrize("splits", [4, 9, 60, 1000])
 def test_parts_are_added_in_one_order_in_every_batch(splits):
     """Tiles, warps and so the order follow from the number of parts and their width alone."""
     with host.record("sm90") as launches:
