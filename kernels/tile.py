@@ -32,8 +32,7 @@ def row_offset(row, stride, ALIGN: tl.constexpr):
 @triton.jit
 def _pointers(x, row, stride, START: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
     offset = tl.multiple_of(row.to(tl.int64) * stride, ALIGN)
-    # In a loop that moves x alone, what stands in brackets is found once.
-    return x + (offset[:, None] + (START + tl.arange(0, WIDTH))[None, :])
+    return x + offset[:, None] + (START + tl.arange(0, WIDTH))[None, :]
 
 
 @triton.jit
