@@ -352,6 +352,7 @@ def test_layer_call_takes_two_or_three_integers(shape, value):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_layer_input_of_another_dtype(dtype):
-    """As every torch module does."""
-    with pytest.raises(RuntimeError, match="dtype"):
+    with raises(
+        ValueError, "x must be torch.float32, as the weights are", "autocast", f"got {dtype}"
+    ):
         layer()(torch.randn(2, 3, 4, 8, dtype=dtype))

@@ -185,22 +185,13 @@ def test_bad_names_and_overrides():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("pt-dit-xl", dict(latents=torch.zeros(2, 3, 16, 16)), "latents must have shape (B, 4"),
-        ("pt-dit-xl", dict(latents=torch.zeros(4, 16, 16)), "latents must have shape (B, 4"),
-        ("pt-dit-xl", dict(latents=torch.zeros(2, 4, 15, 16)), "H and W divisible by 2"),
-        ("pt-dit-xl", dict(timestep=torch.zeros(3)), "timestep must have shape (2,); got (3,)"),
-        ("pt-dit-xl", dict(caption=torch.zeros(2, 6, 25)), "caption must have shape (B, T, 24)"),
         ("pt-dit-xl", dict(caption=None), "conditioned on text"),
-        ("pt-dit-xl", dict(caption_mask=torch.ones(2, 5).bool()), "key_mask must have shape"),
         ("pt-dit-xl", dict(labels=torch.ones(2).long()), "conditioned on text"),
         ("pt-dit-s-class", dict(labels=None), "conditioned on classes"),
-        ("pt-dit-s-class", dict(labels=torch.ones(2)), "labels must be int64 (B,)"),
         ("pt-dit-s-class", dict(caption=torch.zeros(2, 6, 24)), "conditioned on classes"),
-        ("dit-s", dict(timestep=torch.zeros(2, 1)), "timestep must have shape (2,)"),
-        ("pixart-alpha", dict(latents=torch.zeros(2, 4, 16)), "latents must have shape"),
     ],
 )
-def test_bad_inputs(name, changes, message):
+def test_condition_of_the_other_kind(name, changes, message):
     model = create_model(name, **NAMES[name])
     inputs = dict(latents=torch.zeros(2, 4, 16, 16), timestep=torch.zeros(2))
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared below
