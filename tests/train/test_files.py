@@ -313,3 +313,16 @@ def test_videos_stand_upright(tmp_path):
     red = frame[0].float()
     assert red[:14].mean() > 200
     assert red[18:].mean() < 50
+
+
+def test_no_other_program_is_run(tmp_path):
+    """For EPS, whatever it is called, Pillow runs Ghostscript on the program in the file."""
+    (tmp_path / "x").mkdir()
+    picture(tmp_path / "x" / "good.png")
+    for name in ("bad.eps", "bad.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "x" / name, format="EPS")
+    assert list(by_class(tmp_path).notes) == ["left out for their suffix: 1 .eps"]
+    found = by_caption(tmp_path, "x/good.png", "x/bad.eps", "x/bad.png")
+    assert list(found.conditions) == ["0"]
+    assert all("cannot identify" in reason for reason in skipped(found).values())
+    assert len(skipped(found)) == 2

@@ -36,10 +36,15 @@ class UnusableError(ValueError):
         self.reason = reason
 
 
+def image_formats() -> list[str]:
+    """Those that Pillow opens by itself: for EPS it runs Ghostscript, on a program in the file."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
 def image_suffixes() -> frozenset[str]:
-    """Of the formats that Pillow opens."""
-    registered = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in registered if name in Image.OPEN)
+    registered, known = Image.registered_extensions().items(), image_formats()
+    return frozenset(suffix for suffix, name in registered if name in known)
 
 
 @contextlib.contextmanager
@@ -58,7 +63,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_image(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     """uint8 (channels, H, W) of a file, upright; raises UnusableError."""
-    with reading(path), Image.open(path) as image:
+    with reading(path), Image.open(path, formats=image_formats()) as image:
         # Not ImageOps.exif_transpose, which writes EXIF anew and fails where that is broken.
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return fit(image if turn is None else image.transpose(turn), channels, size)
