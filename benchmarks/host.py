@@ -57,7 +57,7 @@ LIMITS = {
         "ProxyAttention": (290, 300, 545),
         "PT-DiT block, text": (345, 375, 740),
         "PT-DiT block, classes": (310, 345, 695),
-        "DiT block": (95, 120, 260),
+        "DiT block": (95, 120, 265),
     }.items()
     for task, limit in zip((NO_GRAD, FORWARD, TRAINING), limits, strict=True)
 }

@@ -76,3 +76,10 @@ def observed(*tensors: Tensor | None) -> bool:
         or any(map(torch._C._functorch.is_legacy_batchedtensor, given))
         or any(map(Tensor.is_neg, given))
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something must run before or after its forward, such as what gathers sharded weights
+    and what brings offloaded ones."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, ops
-from .context import autocast_dtype
+from .context import autocast_dtype, has_hooks
 from .geometry import WindowGrid
 from .recompute import feed, recomputed
 
@@ -345,13 +345,6 @@ def is_plain(layer: Any) -> bool:
         return False
     hooks = layer._backward_hooks or layer._backward_pre_hooks
     return not (hooks or has_hooks(layer))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something must run before or after its forward, such as what gathers sharded weights
-    and what brings offloaded ones."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
 
 
 def check_like_weights(name: str, x: Tensor, layer: nn.Module) -> None:

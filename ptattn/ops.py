@@ -174,8 +174,8 @@ def _norm(
 ) -> tuple[Any, Any, Any]:
     run = _backend(backend, checks.norm, windows, x, y, gate, shift, scale).norm
     eps = float(eps)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps!r}")
+    if not eps >= _LEAST_EPS:
+        raise ValueError(f"eps must be positive, {_LEAST_EPS:.2g} at least; got {eps!r}")
     return run(x, y, gate, shift, scale, windows, eps)
 
 
@@ -307,6 +307,7 @@ def _unshifted(grid: Sequence[int] | WindowGrid, window: Sequence[int] | None = 
     return windows
 
 
+_LEAST_EPS = torch.finfo(torch.float32).tiny  # kernels compute in float32
 # What a call depends on of its tensors, until they are at work.
 _facts = attrgetter("__class__", "shape", "dtype", "device")
 _DENSE = checks.attention, checks.packed_attention

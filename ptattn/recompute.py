@@ -2,20 +2,21 @@
 
 A linear layer keeps its input for the gradient of its weight. Where that follows from tensors which
 are kept anyway, as a norm's result does from its input, those are remembered in its place. The
-layer may be any: plain, sharded, quantized or LoRA's.
+layer may be plain, sharded, quantized or LoRA's; within it torch.func takes no gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .context import autocast_dtype, saves_as_usual
+from .context import autocast_dtype, has_hooks, saves_as_usual
 
 _version = attrgetter("_version")
 
@@ -29,6 +30,9 @@ def recomputed(made: Tensor, function: Callable[..., Tensor], *sources: Tensor) 
     """
     if not made.requires_grad or not saves_as_usual() or type(made) is not Tensor:
         return made
+    for t in sources:  # without a gradient nobody keeps a large one, and its owner may refill it
+        if t.is_inference() or (not t.requires_grad and t.numel() >= made.numel()):
+            return made
     autocast = autocast_dtype(made)
     if autocast is not None and made.dtype != torch.float64:
         made = made.to(autocast)
@@ -39,17 +43,52 @@ def recomputed(made: Tensor, function: Callable[..., Tensor], *sources: Tensor) 
 def feed(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x), for whose backward an x that is marked as `recomputed` is made again.
 
-    It is kept where others decide about that: checkpointing, offloading, torch.compile, torch.func.
+    It is kept where others decide about that (checkpointing, offloading, torch.compile, torch.func)
+    and where the layer has hooks, which may change it.
     """
-    recipe = getattr(x, "_recipe", None) if saves_as_usual() else None
-    if recipe is None:
+    if not saves_as_usual():
         return layer(x)
-    with saved_tensors_hooks(recipe.pack, recipe.unpack):
+    recipe = vars(x).pop("_recipe", None)
+    if recipe is None or (isinstance(layer, nn.Module) and has_hooks(layer)):
         return layer(x)
+    # torch holds on to the hooks as long as to anything that the layer saves, a frozen weight too:
+    # only what is made again may hold the sources.
+    packing = [recipe]
+    try:
+        with saved_tensors_hooks(partial(_pack, packing), _unpack):
+            return layer(x)
+    finally:
+        packing.clear()
+
+
+_Packed = tuple["_Recipe | None", Tensor | None, Any]
+
+
+def _pack(packing: list[_Recipe], t: Tensor) -> _Packed:
+    """Of a view of what was made its geometry alone; else the tensor and its version."""
+    (recipe,) = packing
+    if (
+        type(t) is Tensor
+        and (t.dtype, t.layout, t._version) == (recipe.dtype, torch.strided, recipe.version)
+        and t.untyped_storage()._cdata == recipe.storage
+    ):
+        return recipe, None, (t.shape, t.stride(), t.storage_offset())
+    # Detached, as an output that holds its own graph would never be freed.
+    return None, t if t.is_leaf else t.detach(), t._version
+
+
+def _unpack(packed: _Packed) -> Tensor:
+    """Torch ties the result to the graph as it tied what was packed."""
+    recipe, t, known = packed
+    if recipe is not None:
+        return recipe.make(*known)
+    kept = cast(Tensor, t)
+    _check_unchanged((kept,), [known])
+    return kept
 
 
 class _Recipe:
-    """How a tensor was made, and the hooks for what a layer saves of it.
+    """How a tensor was made, and what is kept of what a layer saves.
 
     It lives as long as what is saved, so it must not hold the tensor itself.
     """
@@ -63,26 +102,10 @@ class _Recipe:
         self.storage, self.dtype = made.untyped_storage()._cdata, made.dtype
         self.version = made._version
 
-    def pack(self, t: Tensor) -> tuple[Tensor | None, Any]:
-        """Of a view of what was made its geometry alone; else the tensor and its version."""
-        if (
-            type(t) is Tensor
-            and (t.dtype, t.layout, t._version) == (self.dtype, torch.strided, self.version)
-            and t.untyped_storage()._cdata == self.storage
-        ):
-            return None, (t.shape, t.stride(), t.storage_offset())
-        # Detached, as an output that holds its own graph would never be freed.
-        return t if t.is_leaf else t.detach(), t._version
-
-    def unpack(self, packed: tuple[Tensor | None, Any]) -> Tensor:
-        """Torch ties the result to the graph as it tied what was packed."""
-        t, known = packed
-        if t is None:
-            _check_unchanged(self.sources, self.versions)
-            with torch.no_grad():
-                return self._make().as_strided(*known)
-        _check_unchanged((t,), [known])
-        return t
+    def make(self, *geometry: Any) -> Tensor:
+        _check_unchanged(self.sources, self.versions)
+        with torch.no_grad():
+            return self._make().as_strided(*geometry)
 
     def _make(self) -> Tensor:
         first = self.sources[0]

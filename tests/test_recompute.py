@@ -215,3 +215,49 @@ def test_an_activation_that_is_not_the_known_one_is_kept(made):
 
 def hooked(mlp):
     mlp[1].register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def test_a_frozen_layer_keeps_nothing():
+    """Torch kept the hooks, and so what the input follows from, with the frozen weight."""
+    x = tokens()
+    hidden = x * 2
+    layer = nn.Linear(8, 3).requires_grad_(False)
+    out = feed(layer, recomputed(gelu(hidden), gelu, hidden).clone())
+    marked = recomputed(gelu(hidden * 3), gelu, kept := hidden * 3)
+    out = out + feed(layer, marked)
+    kept, marked = weakref.ref(kept), None
+    gc.collect()
+    assert kept() is None
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_what_nobody_else_keeps_is_not_kept():
+    """A norm's input without a gradient: its owner may refill it, or it may be of inference."""
+    weight = torch.randn(8, requires_grad=True)
+    with torch.inference_mode():
+        inference = torch.randn(2, 5, 8)
+    for x in (torch.randn(2, 5, 8), inference):
+        layer = nn.Linear(8, 3)
+        made = x + weight
+        out = feed(layer, recomputed(made, torch.add, x, weight))
+        expected = made.detach().flatten(0, 1).sum(0)
+        if not x.is_inference():
+            x.zero_()
+        out.sum().backward()
+        torch.testing.assert_close(layer.weight.grad, expected.expand(3, 8))
+
+
+def test_hooks_see_a_tensor_as_any_other(tmp_path):
+    hidden, layer, seen = tokens() * 2, nn.Linear(8, 3), []
+
+    def double(_, args):
+        seen.append(args[0])
+        args[0].data.mul_(2)
+
+    layer.register_forward_pre_hook(double)
+    out = feed(layer, recomputed(gelu(hidden), gelu, hidden))
+    out.sum().backward()
+    torch.testing.assert_close(layer.weight.grad[0], seen[0].detach().flatten(0, 1).sum(0))
+    torch.save(seen[0].detach(), tmp_path / "x.pt")
+    assert not vars(seen[0])

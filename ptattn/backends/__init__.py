@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..context import autocast_dtype
 from ..geometry import WindowGrid
@@ -159,9 +160,9 @@ def resolve(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -
 
 
 class AutoDense:
-    """The part of `auto` that is decided anew at each call: between torch's SDPA and the kernels,
-    for a dense attention that `unmeasured` has nothing against. Which kernel torch takes depends on
-    its settings, which a program may change at any time."""
+    """The part of `auto` that is decided anew at each call, compiled or exported ones when they are
+    traced: between torch's SDPA and the kernels, for a dense attention that `unmeasured` has
+    nothing against. Which kernel torch takes depends on its settings, which may change."""
 
     @staticmethod
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -245,5 +246,6 @@ def _name(dtype: torch.dtype) -> str:
 @torch.compiler.assume_constant_result
 def _kernel_of_torch(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The kernel that SDPA takes by itself, as its version has it and its settings are now."""
-    x = torch.empty(head_dim, dtype=dtype, device=device).expand(1, 1, 1024, head_dim)
-    return SDPBackend(torch._fused_sdp_choice(x, x, x)).name
+    with _disable_current_modes():  # tracers would take it for a part of the program
+        x = torch.empty(head_dim, dtype=dtype, device=device).expand(1, 1, 1024, head_dim)
+        return SDPBackend(torch._fused_sdp_choice(x, x, x)).name

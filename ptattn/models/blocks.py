@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ..context import autocast_dtype, intercepted, transformed
+from ..context import autocast_dtype, has_hooks, intercepted, transformed
 from ..geometry import Triple, WindowGrid
 from ..layers import (
     CrossAttention,
@@ -23,7 +23,6 @@ from ..layers import (
     Residual,
     ZeroLinear,
     check_like_weights,
-    has_hooks,
     is_plain,
 )
 from ..recompute import feed, recomputed
@@ -128,8 +127,9 @@ def _in_epilogue(up: nn.Linear, gelu: nn.GELU, x: Tensor) -> bool:
 
 def _linear_gelu(up: nn.Linear, x: Tensor) -> Tensor:
     """tanh-GELU of up(x), taken by the product before it writes; where `_in_epilogue` says so."""
-    flat = torch._addmm_activation(up.bias, x.flatten(0, -2), up.weight.t(), use_gelu=True)
-    return flat.unflatten(0, x.shape[:-1])
+    rows = x.reshape(-1, x.shape[-1])
+    made = torch._addmm_activation(up.bias, rows, up.weight.t(), use_gelu=True)
+    return made.view(*x.shape[:-1], up.out_features)
 
 
 class Blocks(nn.ModuleList):
