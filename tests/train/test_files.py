@@ -97,6 +97,22 @@ def test_photos_with_broken_exif_stand_upright(tmp_path, case):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"}), ("a.png", {}), ("a.webp", {})],
+)
+def test_pictures_of_other_formats_stand_upright(tmp_path, name, options):
+    """Pillow turns TIFFs by itself, and they were turned once more."""
+    lying = Image.new("RGB", (40, 20), "blue")
+    lying.paste("red", (0, 0, 20, 20))
+    orientation = Image.Exif()
+    orientation[0x112] = 6
+    (tmp_path / "x").mkdir()
+    lying.save(tmp_path / "x" / name, exif=orientation, **options)
+    red = by_class(tmp_path, size=(16, 8)).pixels(0)[0].float()
+    assert red[:7].mean() > 200 > 50 > red[9:].mean()
+
+
+@pytest.mark.parametrize(
     "error", [struct.error("out of range"), AttributeError(), MemoryError(), KeyError("a")]
 )
 def test_whatever_a_reader_raises_the_file_is_named_and_left_out(tmp_path, monkeypatch, error):

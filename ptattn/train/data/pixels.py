@@ -64,6 +64,7 @@ def reading(path: Path) -> Iterator[None]:
 def read_image(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     """uint8 (channels, H, W) of a file, upright; raises UnusableError."""
     with reading(path), Image.open(path, formats=image_formats()) as image:
+        image.load()  # first: Pillow turns TIFFs within it, and removes their orientation
         # Not ImageOps.exif_transpose, which writes EXIF anew and fails where that is broken.
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return fit(image if turn is None else image.transpose(turn), channels, size)
