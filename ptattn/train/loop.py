@@ -19,7 +19,7 @@ from .data import Conditions, batches, load
 from .log import Log
 from .pictures import grid, save_grid, still
 from .sampling import draw, examples, name_conditions
-from .state import CLASSES, CONFIG, STATE, State, check_folder
+from .state import CLASSES, CONFIG, STATE, State, check_data, check_folder
 
 
 class Record(NamedTuple):
@@ -49,7 +49,8 @@ def train(config: Config, folder: str | Path, *, minutes: float | None = None) -
         A record of every step made.
 
     Raises:
-        ValueError: data that does not fit the configuration, or a folder with a run of another.
+        ValueError: data that does not fit the configuration, or a folder with a run of another
+            configuration or of other classes.
         DivergedError: a loss or gradient that is not finite; the last checkpoint is kept.
         MemoryError: a batch that does not fit into memory.
         OSError: a checkpoint that cannot be written; the one before is kept.
@@ -91,6 +92,8 @@ class Trainer:
         self.device, self.first = self.accelerator.device, self.accelerator.is_main_process
         Conditions(config)  # what is missing for captions is said before files are read
         self.data = load(config)
+        examples = len(self.data)
+        self.changes = check_data(folder, self.data.classes, examples) if resuming else []
         self.state = State.fresh(config, self.device)
         if resuming:
             self.state.restore(folder)
@@ -108,7 +111,7 @@ class Trainer:
             self.log.note(f"skipped {path}: {reason}")
         if self.data.skipped:
             self.log.note(f"{len(self.data.skipped)} files skipped")
-        for note in self.data.notes:
+        for note in [*self.data.notes, *self.changes]:
             self.log.note(note)
         captions = len(self.data.captions)
         several = f" with {captions} captions" if captions > len(self.data) else ""
@@ -121,7 +124,8 @@ class Trainer:
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.write_json(dataclasses.asdict(self.config), self.folder / CONFIG)
-            files.write_json({"classes": self.data.classes}, self.folder / CLASSES)
+            found = {"classes": self.data.classes, "examples": len(self.data)}
+            files.write_json(found, self.folder / CLASSES)
 
     def gradients(self) -> tuple[float, float]:
         """The next batch's gradients, clipped; its loss and their norm, over all processes."""

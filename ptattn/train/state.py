@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -108,6 +108,30 @@ def check_folder(folder: Path, config: Config) -> bool:
             "use another folder"
         )
     return True
+
+
+def check_data(folder: Path, classes: Sequence[str], examples: int) -> list[str]:
+    """Notes on how the data differ from those that the run in the folder had.
+
+    Raises:
+        ValueError: other classes, so that the run's labels would change their names.
+    """
+    path = folder / CLASSES
+    if not path.is_file():
+        raise ValueError(f"{folder} holds a run without {CLASSES}, the names of its classes")
+    saved = files.read_json(path)
+    there, here = list(saved["classes"]), list(classes)
+    if there != here:
+        changes = [
+            *(f"{name} is there, not here" for name in there if name not in here),
+            *(f"{name} is here, not there" for name in here if name not in there),
+        ]
+        raise ValueError(
+            f"{folder} holds a run of other classes ({'; '.join(changes) or 'in another order'}); "
+            "use another folder"
+        )
+    before = saved.get("examples", examples)  # early runs have not written it
+    return [] if before == examples else [f"the run had {before} examples, it has {examples} now"]
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

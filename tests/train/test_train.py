@@ -417,6 +417,38 @@ def test_what_may_change_when_a_run_goes_on_and_what_may_not(folder):
         loop.train(run_config(folder, steps=9), out)
 
 
+def test_classes_may_not_change_when_a_run_goes_on(folder):
+    """Weights of the old classes got the names of the new ones."""
+    out, data = folder / "run", folder / "data"
+    loop.train(run_config(folder, steps=1), out)
+    before = (out / state.CLASSES).read_bytes()
+    (data / "dark").rename(data / "shadow")
+    with pytest.raises(
+        ValueError, match=r"classes \(dark is there, not here; shadow is here, not there\)"
+    ):
+        loop.train(run_config(folder, steps=2), out)
+    assert (out / state.CLASSES).read_bytes() == before
+    (data / "shadow").rename(data / "dark")
+    files.write_json({"classes": ["light", "dark"]}, out / state.CLASSES)
+    with pytest.raises(ValueError, match=r"other classes \(in another order\)"):
+        loop.train(run_config(folder, steps=2), out)
+    (out / state.CLASSES).unlink()
+    with pytest.raises(ValueError, match=r"a run without classes\.json"):
+        loop.train(run_config(folder, steps=2), out)
+
+
+def test_another_number_of_examples_is_said_when_a_run_goes_on(folder, capsys):
+    out, picture = folder / "run", folder / "data" / "dark" / "0.png"
+    loop.train(run_config(folder, steps=1), out)
+    Image.open(picture).save(picture.with_name("new.png"))
+    loop.train(run_config(folder, steps=2), out)
+    assert "the run had 6 examples, it has 7 now" in capsys.readouterr().err
+    files.write_json({"classes": ["dark", "light"]}, out / state.CLASSES)  # of an early run
+    loop.train(run_config(folder, steps=3), out)
+    loop.train(run_config(folder, steps=4), out)
+    assert "examples, it has" not in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(folder, monkeypatch):
     honest, calls = loop.batch_loss, []
 
