@@ -179,6 +179,29 @@ def test_links_to_folders_are_followed(tmp_path):
     assert list(found.conditions) == [0, 1]
 
 
+def test_folders_that_link_to_each_other_have_an_end(tmp_path):
+    """Of four, the walk did not end; of two, each file came many times."""
+    names = "abcd"
+    for name in names:
+        picture(tmp_path / name / "deep" / f"{name}.png")
+        for other in names.replace(name, ""):
+            (tmp_path / name / f"0{other}").symlink_to(f"../{other}")
+    (tmp_path / "same").symlink_to("a")
+    found = by_class(tmp_path, 5)
+    assert found.classes == [*names, "same"]
+    assert list(found.conditions) == [label for label in range(5) for _ in names]
+    for name in names:  # each by its own name where it has one
+        assert tmp_path / name / "deep" / f"{name}.png" in data.walk.walk(tmp_path).paths
+
+
+def test_a_folder_of_data_is_not_walked_again_from_elsewhere(tmp_path):
+    picture(tmp_path / "data" / "a" / "a.png")
+    picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "data" / "a" / "there").symlink_to("../../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../data")
+    assert len(by_class(tmp_path / "data")) == 2
+
+
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     picture(tmp_path / "cat" / "a.png")
     (tmp_path / "closed").mkdir()
