@@ -41,14 +41,16 @@ class State:
         return cls(model, ema, optimizer)
 
     def save(self, folder: Path) -> None:
-        """Write the state, and the averaged weights as a model of their own.
+        """Write the averaged weights as a model of their own, and the state.
+
+        The state comes last: whoever goes on after a kill between the two writes both again.
 
         Raises:
-            OSError: a file that cannot be written, such as on a full disk; what was saved before
+            OSError: a file that cannot be written, such as on a full disk; the state saved before
                 is as it was.
         """
-        files.write_tensors(self._tensors(), folder / STATE)
         save_model(cast(Model, self.ema.module), folder / MODEL)
+        files.write_tensors(self._tensors(), folder / STATE)
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` has written; ValueError if it is no state of this model."""

@@ -343,6 +343,24 @@ def test_resuming_after_kill_is_bit_exact(folder):
     assert_same(tensors(folder / "killed"), tensors(folder / "whole"))
 
 
+def test_a_kill_between_state_and_model_is_made_good(folder, monkeypatch):
+    """The model stayed without the last steps, or was missing, for good."""
+    out = folder / "run"
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    loop.train(run_config(folder, steps=1), out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state, "save_model", killed)
+        loop.train(run_config(folder, steps=2), out)
+    loop.train(run_config(folder, steps=2), out)
+    saved = files.read_tensors(out / state.MODEL / "diffusion_pytorch_model.safetensors")
+    averaged = tensors(out)
+    assert averaged["step"] == 2
+    assert_same(saved, {name: averaged[f"ema.module.{name}"] for name in saved})
+
+
 GRADIENTS = """
 import json, sys, torch
 from pathlib import Path
