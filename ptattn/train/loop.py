@@ -101,7 +101,7 @@ class Trainer:
             self.state.model, self.state.optimizer
         )
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self._parts = iter(batches(self.data, config, self.state.step, rank, processes))
+        self._parts = batches(self.data, config, self.state.step, rank, processes)
         start, quiet = self.state.step, not self.first
         self.log = Log(folder, start, config.steps, config.batch_size, limit, quiet)
 

@@ -166,7 +166,7 @@ def test_one_batch_is_learned(task):
         pytest.importorskip("wordllama")
     pixels = torch.randint(0, 256, (2, *config.shape), dtype=torch.uint8)
     data = Dataset(["a cat", "two dogs"] if text else [0, 1], lambda i: pixels[i], ["a", "b"])
-    batch = next(iter(loop.batches(data, config, 0)))
+    batch = next(loop.batches(data, config, 0))
     model = config.create_model()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.0)
     losses = []

@@ -32,8 +32,11 @@ class UnusableError(ValueError):
     """A file that cannot be used; `reason` says why."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.reason = reason
+        super().__init__(path, reason)  # as processes that hand it on build it anew
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 def image_formats() -> list[str]:
