@@ -3,7 +3,6 @@
 import os
 import struct
 import unicodedata
-import wave
 
 import pytest
 
@@ -230,6 +229,34 @@ def test_names_are_found_as_other_systems_write_them(tmp_path):
     assert set(skipped(found)) == {"d\0"}
 
 
+def test_captions_reach_no_file_outside_of_the_folder(tmp_path):
+    """The list of a data set could name any file that its user can read."""
+    folder, secret = tmp_path / "data", picture(tmp_path / "secret.png")
+    picture(folder / "a.png")
+    (folder / "link.png").symlink_to(secret)  # whoever makes the folder makes its links
+    long = "x" * 300 + ".png"
+    found = by_caption(folder, "a.png", "link.png", "../secret.png", str(secret), long, "b/../../c")
+    assert list(found.conditions) == ["0", "1"]
+    reasons = {path.relative_to(tmp_path).as_posix(): why for path, why in found.skipped}
+    outside = {name for name, why in reasons.items() if why.endswith("outside of data.folder")}
+    assert outside == {"data/../secret.png", "secret.png", "data/../c"}
+    assert reasons[f"data/{long}"].endswith("but not there")
+
+
+def test_grey_of_16_bits_may_be_transparent(tmp_path):
+    """What was transparent became black."""
+    (tmp_path / "x").mkdir()
+    values = np.array([[256, 257]], np.uint16).repeat(2, 0)  # one shade in 8 bits
+    Image.fromarray(values).save(tmp_path / "x" / "a.png", transparency=257)
+    assert by_class(tmp_path, size=(2, 2)).pixels(0)[0].tolist() == [[1, 255]] * 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_in_lab(tmp_path, channels):
+    picture(tmp_path / "x" / "a.tif", mode="LAB", color=(255, 128, 128))
+    assert by_class(tmp_path, channels=channels).pixels(0).float().mean() > 240
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(picture(tmp_path / "cat" / "a.png").with_name("pipe.png"))
@@ -273,6 +300,33 @@ def test_videos_with_titles_in_any_encoding(tmp_path, name):
     means = found.pixels(0).float().mean((0, 2, 3)).tolist()
     assert means == pytest.approx([0, 60, 120], abs=6)
     assert found.skipped == []
+
+
+def test_videos_in_a_folder_with_a_colon(tmp_path, monkeypatch):
+    """FFmpeg took what precedes it as a protocol."""
+    path = tmp_path / "a:b" / "x" / "a.mp4"
+    path.parent.mkdir(parents=True)
+    video(path)
+    monkeypatch.chdir(tmp_path)
+    model = {**CLASSES, "num_classes": 1}
+    found = data.load(make("videos", model, folder="a:b", frames=3))
+    assert len(found) == 1, found.skipped
+
+
+PLAYLISTS = {
+    "hls.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
+    "concat.mp4": "ffconcat version 1.0\nfile {}\n",
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_playlists_are_no_videos(tmp_path, name):
+    """FFmpeg opens the files that they name."""
+    video(tmp_path / "a.mp4")
+    (tmp_path / name).write_text(PLAYLISTS[name].format("a.mp4"))
+    found = by_caption(tmp_path, name, "a.mp4", source="videos", frames=3)
+    assert list(found.conditions) == ["1"]
+    assert "is of no format that holds frames: apng, asf" in skipped(found)[name]
 
 
 class Pipe:
@@ -321,11 +375,13 @@ def test_a_cover_is_no_video(tmp_path):
         assert [stream.name for stream in file.streams.video] == ["mjpeg", "mpeg4"]
     found = by_class(tmp_path, source="videos", frames=3)
     assert len(found) == 1
-    with wave.open(str(tmp_path / "x" / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 8000, 0, "NONE", ""))
-        file.writeframes(bytes(800))
-    found = by_caption(tmp_path, "x/a.mp4", "x/sound.wav", source="videos", frames=3)
-    assert skipped(found) == {"sound.wav": "holds no video"}
+    with av.open(str(tmp_path / "x" / "sound.mka"), "w", format="matroska") as file:
+        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        sound.sample_rate = 8000
+        file.mux(stream.encode(sound))
+    found = by_caption(tmp_path, "x/a.mp4", "x/sound.mka", source="videos", frames=3)
+    assert skipped(found) == {"sound.mka": "holds no video"}
 
 
 def test_videos_stand_upright(tmp_path):

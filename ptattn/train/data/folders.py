@@ -156,12 +156,18 @@ def _by_caption(folder: Path, found: Walk, listing: Path, suffixes: frozenset[st
     there = set(found.paths)
     known = {_plain(path.relative_to(folder).as_posix()): path for path in found.paths}
     texts: dict[Path, list[str]] = {}
+    outside: list[Path] = []
     for name, own in names.items():
-        path = folder / os.path.normpath(name)
-        if path not in there and not path.exists():
+        inside = os.path.normpath(name)
+        path = folder / inside
+        if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",):
+            outside.append(path)
+            continue
+        if path not in there and not os.path.exists(path):
             path = known.get(_plain(name), path)
         texts.setdefault(path, []).extend(own)
-    missing = {path for path in texts if path not in there and not path.exists()}
+    # Not Path.exists, which fails for names that are longer than a file's can be.
+    missing = {path for path in texts if path not in there and not os.path.exists(path)}
     silent = [path for path in found.paths if _suffix(path) in suffixes and path not in texts]
     return Files(
         {
@@ -170,7 +176,8 @@ def _by_caption(folder: Path, found: Walk, listing: Path, suffixes: frozenset[st
             if path not in missing
         },
         skipped=[(path, f"has no caption in {listing}") for path in silent]
-        + [(path, f"is in {listing}, but not there") for path in sorted(missing)],
+        + [(path, f"is in {listing}, but not there") for path in sorted(missing)]
+        + [(path, f"is in {listing}, but absolute or outside of data.folder") for path in outside],
         notes=notes,
     )
 
