@@ -121,6 +121,9 @@ class Trainer:
             f"{len(self.data)} examples{several}, {weights / 1e6:.2f} M weights, {self.device}, "
             f"{self.accelerator.num_processes} processes{going_on}"
         )
+        if self.state.step >= self.config.steps:
+            made = f"the run has made {self.state.step} of {self.config.steps} steps"
+            self.log.note(f"nothing is left to do: {made}")
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.write_json(dataclasses.asdict(self.config), self.folder / CONFIG)

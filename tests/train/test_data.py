@@ -200,6 +200,12 @@ def test_the_stream_depends_on_seed_and_position_alone():
         data.batches(found, config, 0, 0, 3)
 
 
+def test_captions_for_a_model_of_classes_are_refused(folder):
+    """They were ignored, whether there or not."""
+    with pytest.raises(ValueError, match=r"data\.captions no\.jsonl needs model\.caption_channels"):
+        data.load(make("images", CLASSES, folder=str(folder), captions="no.jsonl"))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_vanishes_during_a_run_is_named(folder, workers):
     """With workers, torch showed the worker's traceback, and that UnusableError takes a reason."""

@@ -107,6 +107,9 @@ def start(code, *arguments, **environment):
         ({"ema": 2}, "ema must be within 0 and 1; got 2"),
         ({"shift": "far"}, 'shift must be float or null; got "far"'),
         ({"model__in_channels": 4}, "model.in_channels must be 1 (grey) or 3 (colour); got 4"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative; got -1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number; got NaN"),
+        ({"samples__guidance": float("nan")}, "samples.guidance must be a number; got NaN"),
         ({"samples__count": 0}, "samples.count must be positive; got 0"),
         (
             {"model__in_channels": 3, "model__out_channels": 2},
@@ -454,6 +457,12 @@ def test_classes_may_not_change_when_a_run_goes_on(folder):
     (out / state.CLASSES).unlink()
     with pytest.raises(ValueError, match=r"a run without classes\.json"):
         loop.train(run_config(folder, steps=2), out)
+
+
+def test_a_run_with_nothing_left_to_do_says_so(folder, capsys):
+    loop.train(run_config(folder, steps=2), folder / "run")
+    assert loop.train(run_config(folder, steps=1), folder / "run") == []
+    assert "nothing is left to do: the run has made 2 of 1 steps" in capsys.readouterr().err
 
 
 def test_another_number_of_examples_is_said_when_a_run_goes_on(folder, capsys):

@@ -107,7 +107,8 @@ def find(config: Config, suffixes: frozenset[str]) -> Files:
     A file with a caption is taken whatever it is called; the others by their suffix.
 
     Raises:
-        ValueError: no folder, no captions where the model needs them, or no file to use.
+        ValueError: no folder, no captions where the model needs them or some where it takes
+            classes, or no file to use.
     """
     source = config.data.source
     if config.data.folder is None:
@@ -115,6 +116,11 @@ def find(config: Config, suffixes: frozenset[str]) -> Files:
     folder = Path(config.data.folder)
     if not folder.is_dir():
         raise ValueError(f"data.folder is no folder: {folder}")
+    if config.data.captions is not None and config.model.num_classes is not None:
+        raise ValueError(
+            f"data.captions {config.data.captions} needs model.caption_channels; with "
+            f"model.num_classes {config.model.num_classes}, subfolders are classes"
+        )
     found = walk(folder)
     listing = Path(config.data.captions or folder / captions.FILE)
     if config.model.num_classes is None:
