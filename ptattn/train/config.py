@@ -125,7 +125,7 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be within 0 and 1; got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.model.in_channels not in (1, 3):
             raise ValueError(
@@ -247,6 +247,8 @@ def _value(raw: Any, hint: Any, where: str) -> Any:
         if origin is not None and issubclass(origin, Sequence):
             if isinstance(raw, list) and all(type(item) is int for item in raw):
                 return tuple(raw)
+        elif raw != raw:
+            raise ValueError(f"{where} must be a number; got NaN")
         elif type(raw) is choice or (choice is float and type(raw) is int):
             return raw
     names = (

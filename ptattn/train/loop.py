@@ -19,7 +19,7 @@ from .data import Conditions, batches, load
 from .log import Log
 from .pictures import grid, save_grid, still
 from .sampling import draw, examples, name_conditions
-from .state import CLASSES, CONFIG, STATE, State, check_folder
+from .state import CLASSES, CONFIG, STATE, State, check_data, check_folder
 
 
 class Record(NamedTuple):
@@ -49,7 +49,8 @@ def train(config: Config, folder: str | Path, *, minutes: float | None = None) -
         A record of every step made.
 
     Raises:
-        ValueError: data that does not fit the configuration, or a folder with a run of another.
+        ValueError: data that does not fit the configuration, or a folder with a run of another
+            configuration or of other classes.
         DivergedError: a loss or gradient that is not finite; the last checkpoint is kept.
         MemoryError: a batch that does not fit into memory.
         OSError: a checkpoint that cannot be written; the one before is kept.
@@ -91,6 +92,8 @@ class Trainer:
         self.device, self.first = self.accelerator.device, self.accelerator.is_main_process
         Conditions(config)  # what is missing for captions is said before files are read
         self.data = load(config)
+        examples = len(self.data)
+        self.changes = check_data(folder, self.data.classes, examples) if resuming else []
         self.state = State.fresh(config, self.device)
         if resuming:
             self.state.restore(folder)
@@ -98,7 +101,7 @@ class Trainer:
             self.state.model, self.state.optimizer
         )
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self._parts = iter(batches(self.data, config, self.state.step, rank, processes))
+        self._parts = batches(self.data, config, self.state.step, rank, processes)
         start, quiet = self.state.step, not self.first
         self.log = Log(folder, start, config.steps, config.batch_size, limit, quiet)
 
@@ -108,7 +111,7 @@ class Trainer:
             self.log.note(f"skipped {path}: {reason}")
         if self.data.skipped:
             self.log.note(f"{len(self.data.skipped)} files skipped")
-        for note in self.data.notes:
+        for note in [*self.data.notes, *self.changes]:
             self.log.note(note)
         captions = len(self.data.captions)
         several = f" with {captions} captions" if captions > len(self.data) else ""
@@ -118,10 +121,14 @@ class Trainer:
             f"{len(self.data)} examples{several}, {weights / 1e6:.2f} M weights, {self.device}, "
             f"{self.accelerator.num_processes} processes{going_on}"
         )
+        if self.state.step >= self.config.steps:
+            made = f"the run has made {self.state.step} of {self.config.steps} steps"
+            self.log.note(f"nothing is left to do: {made}")
         if self.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.write_json(dataclasses.asdict(self.config), self.folder / CONFIG)
-            files.write_json({"classes": self.data.classes}, self.folder / CLASSES)
+            found = {"classes": self.data.classes, "examples": len(self.data)}
+            files.write_json(found, self.folder / CLASSES)
 
     def gradients(self) -> tuple[float, float]:
         """The next batch's gradients, clipped; its loss and their norm, over all processes."""

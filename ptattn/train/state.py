@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,14 +41,16 @@ class State:
         return cls(model, ema, optimizer)
 
     def save(self, folder: Path) -> None:
-        """Write the state, and the averaged weights as a model of their own.
+        """Write the averaged weights as a model of their own, and the state.
+
+        The state comes last: whoever goes on after a kill between the two writes both again.
 
         Raises:
-            OSError: a file that cannot be written, such as on a full disk; what was saved before
+            OSError: a file that cannot be written, such as on a full disk; the state saved before
                 is as it was.
         """
-        files.write_tensors(self._tensors(), folder / STATE)
         save_model(cast(Model, self.ema.module), folder / MODEL)
+        files.write_tensors(self._tensors(), folder / STATE)
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` has written; ValueError if it is no state of this model."""
@@ -108,6 +110,30 @@ def check_folder(folder: Path, config: Config) -> bool:
             "use another folder"
         )
     return True
+
+
+def check_data(folder: Path, classes: Sequence[str], examples: int) -> list[str]:
+    """Notes on how the data differ from those that the run in the folder had.
+
+    Raises:
+        ValueError: other classes, so that the run's labels would change their names.
+    """
+    path = folder / CLASSES
+    if not path.is_file():
+        raise ValueError(f"{folder} holds a run without {CLASSES}, the names of its classes")
+    saved = files.read_json(path)
+    there, here = list(saved["classes"]), list(classes)
+    if there != here:
+        changes = [
+            *(f"{name} is there, not here" for name in there if name not in here),
+            *(f"{name} is here, not there" for name in here if name not in there),
+        ]
+        raise ValueError(
+            f"{folder} holds a run of other classes ({'; '.join(changes) or 'in another order'}); "
+            "use another folder"
+        )
+    before = saved.get("examples", examples)  # early runs have not written it
+    return [] if before == examples else [f"the run had {before} examples, it has {examples} now"]
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

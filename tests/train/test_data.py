@@ -198,3 +198,24 @@ def test_the_stream_depends_on_seed_and_position_alone():
     assert not torch.equal(whole[0]["noise"][0], whole[0]["noise"][1])
     with pytest.raises(ValueError, match="batch_size must be a multiple of 3 processes"):
         data.batches(found, config, 0, 0, 3)
+
+
+def test_captions_for_a_model_of_classes_are_refused(folder):
+    """They were ignored, whether there or not."""
+    with pytest.raises(ValueError, match=r"data\.captions no\.jsonl needs model\.caption_channels"):
+        data.load(make("images", CLASSES, folder=str(folder), captions="no.jsonl"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_during_a_run_is_named(folder, workers):
+    """With workers, torch showed the worker's traceback, and that UnusableError takes a reason."""
+    config = make("images", CLASSES, folder=str(folder), workers=workers)
+    found = data.load(config)
+    for path in folder.rglob("*.*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="No such file") as caught:
+        next(data.batches(found, config, 0))
+    text = str(caught.value)
+    assert text.startswith(str(folder))
+    assert "\n" not in text
+    assert "Traceback" not in text

@@ -3,7 +3,6 @@
 import os
 import struct
 import unicodedata
-import wave
 
 import pytest
 
@@ -97,6 +96,22 @@ def test_photos_with_broken_exif_stand_upright(tmp_path, case):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"}), ("a.png", {}), ("a.webp", {})],
+)
+def test_pictures_of_other_formats_stand_upright(tmp_path, name, options):
+    """Pillow turns TIFFs by itself, and they were turned once more."""
+    lying = Image.new("RGB", (40, 20), "blue")
+    lying.paste("red", (0, 0, 20, 20))
+    orientation = Image.Exif()
+    orientation[0x112] = 6
+    (tmp_path / "x").mkdir()
+    lying.save(tmp_path / "x" / name, exif=orientation, **options)
+    red = by_class(tmp_path, size=(16, 8)).pixels(0)[0].float()
+    assert red[:7].mean() > 200 > 50 > red[9:].mean()
+
+
+@pytest.mark.parametrize(
     "error", [struct.error("out of range"), AttributeError(), MemoryError(), KeyError("a")]
 )
 def test_whatever_a_reader_raises_the_file_is_named_and_left_out(tmp_path, monkeypatch, error):
@@ -163,6 +178,29 @@ def test_links_to_folders_are_followed(tmp_path):
     assert list(found.conditions) == [0, 1]
 
 
+def test_folders_that_link_to_each_other_have_an_end(tmp_path):
+    """Of four, the walk did not end; of two, each file came many times."""
+    names = "abcd"
+    for name in names:
+        picture(tmp_path / name / "deep" / f"{name}.png")
+        for other in names.replace(name, ""):
+            (tmp_path / name / f"0{other}").symlink_to(f"../{other}")
+    (tmp_path / "same").symlink_to("a")
+    found = by_class(tmp_path, 5)
+    assert found.classes == [*names, "same"]
+    assert list(found.conditions) == [label for label in range(5) for _ in names]
+    for name in names:  # each by its own name where it has one
+        assert tmp_path / name / "deep" / f"{name}.png" in data.walk.walk(tmp_path).paths
+
+
+def test_a_folder_of_data_is_not_walked_again_from_elsewhere(tmp_path):
+    picture(tmp_path / "data" / "a" / "a.png")
+    picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "data" / "a" / "there").symlink_to("../../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../data")
+    assert len(by_class(tmp_path / "data")) == 2
+
+
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     picture(tmp_path / "cat" / "a.png")
     (tmp_path / "closed").mkdir()
@@ -189,6 +227,34 @@ def test_names_are_found_as_other_systems_write_them(tmp_path):
         "1", ["2", "3"], "0",
     ]  # fmt: skip
     assert set(skipped(found)) == {"d\0"}
+
+
+def test_captions_reach_no_file_outside_of_the_folder(tmp_path):
+    """The list of a data set could name any file that its user can read."""
+    folder, secret = tmp_path / "data", picture(tmp_path / "secret.png")
+    picture(folder / "a.png")
+    (folder / "link.png").symlink_to(secret)  # whoever makes the folder makes its links
+    long = "x" * 300 + ".png"
+    found = by_caption(folder, "a.png", "link.png", "../secret.png", str(secret), long, "b/../../c")
+    assert list(found.conditions) == ["0", "1"]
+    reasons = {path.relative_to(tmp_path).as_posix(): why for path, why in found.skipped}
+    outside = {name for name, why in reasons.items() if why.endswith("outside of data.folder")}
+    assert outside == {"data/../secret.png", "secret.png", "data/../c"}
+    assert reasons[f"data/{long}"].endswith("but not there")
+
+
+def test_grey_of_16_bits_may_be_transparent(tmp_path):
+    """What was transparent became black."""
+    (tmp_path / "x").mkdir()
+    values = np.array([[256, 257]], np.uint16).repeat(2, 0)  # one shade in 8 bits
+    Image.fromarray(values).save(tmp_path / "x" / "a.png", transparency=257)
+    assert by_class(tmp_path, size=(2, 2)).pixels(0)[0].tolist() == [[1, 255]] * 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_in_lab(tmp_path, channels):
+    picture(tmp_path / "x" / "a.tif", mode="LAB", color=(255, 128, 128))
+    assert by_class(tmp_path, channels=channels).pixels(0).float().mean() > 240
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -234,6 +300,33 @@ def test_videos_with_titles_in_any_encoding(tmp_path, name):
     means = found.pixels(0).float().mean((0, 2, 3)).tolist()
     assert means == pytest.approx([0, 60, 120], abs=6)
     assert found.skipped == []
+
+
+def test_videos_in_a_folder_with_a_colon(tmp_path, monkeypatch):
+    """FFmpeg took what precedes it as a protocol."""
+    path = tmp_path / "a:b" / "x" / "a.mp4"
+    path.parent.mkdir(parents=True)
+    video(path)
+    monkeypatch.chdir(tmp_path)
+    model = {**CLASSES, "num_classes": 1}
+    found = data.load(make("videos", model, folder="a:b", frames=3))
+    assert len(found) == 1, found.skipped
+
+
+PLAYLISTS = {
+    "hls.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
+    "concat.mp4": "ffconcat version 1.0\nfile {}\n",
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_playlists_are_no_videos(tmp_path, name):
+    """FFmpeg opens the files that they name."""
+    video(tmp_path / "a.mp4")
+    (tmp_path / name).write_text(PLAYLISTS[name].format("a.mp4"))
+    found = by_caption(tmp_path, name, "a.mp4", source="videos", frames=3)
+    assert list(found.conditions) == ["1"]
+    assert "is of no format that holds frames: apng, asf" in skipped(found)[name]
 
 
 class Pipe:
@@ -282,11 +375,13 @@ def test_a_cover_is_no_video(tmp_path):
         assert [stream.name for stream in file.streams.video] == ["mjpeg", "mpeg4"]
     found = by_class(tmp_path, source="videos", frames=3)
     assert len(found) == 1
-    with wave.open(str(tmp_path / "x" / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 8000, 0, "NONE", ""))
-        file.writeframes(bytes(800))
-    found = by_caption(tmp_path, "x/a.mp4", "x/sound.wav", source="videos", frames=3)
-    assert skipped(found) == {"sound.wav": "holds no video"}
+    with av.open(str(tmp_path / "x" / "sound.mka"), "w", format="matroska") as file:
+        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        sound.sample_rate = 8000
+        file.mux(stream.encode(sound))
+    found = by_caption(tmp_path, "x/a.mp4", "x/sound.mka", source="videos", frames=3)
+    assert skipped(found) == {"sound.mka": "holds no video"}
 
 
 def test_videos_stand_upright(tmp_path):

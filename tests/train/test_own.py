@@ -35,6 +35,7 @@ label, none = changed(conditions=["a", 3], classes=[]), changed(conditions=["a",
 empty = changed(conditions=[])
 small = changed(pixels=lambda i: torch.zeros(3, 8, 11, dtype=torch.uint8))
 floats = changed(pixels=lambda i: torch.zeros(3, 8, 12))
+missing = changed(pixels=lambda i: {}[i])
 arrays = changed(pixels=lambda i: numpy.zeros((3, 8, 12), numpy.uint8))
 number = 3
 """
@@ -82,6 +83,8 @@ def test_a_function_of_your_own_gives_the_data(module):
         ("my_data:small", CLASSES, ValueError,
          r"torch\.uint8 \(3, 8, 12\); those of example 0 are torch\.uint8 \(3, 8, 11\)"),
         ("my_data:floats", CLASSES, ValueError, r"example 0 are torch\.float32 \(3, 8, 12\)"),
+        ("my_data:missing", CLASSES, ValueError,
+         r"pixels\(0\) raised KeyError: 0 \(my_data.py, line 28\)"),
         ("my_data:arrays", CLASSES, ValueError, "example 0 are ndarray"),
     ],
 )  # fmt: skip

@@ -107,6 +107,9 @@ def start(code, *arguments, **environment):
         ({"ema": 2}, "ema must be within 0 and 1; got 2"),
         ({"shift": "far"}, 'shift must be float or null; got "far"'),
         ({"model__in_channels": 4}, "model.in_channels must be 1 (grey) or 3 (colour); got 4"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative; got -1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number; got NaN"),
+        ({"samples__guidance": float("nan")}, "samples.guidance must be a number; got NaN"),
         ({"samples__count": 0}, "samples.count must be positive; got 0"),
         (
             {"model__in_channels": 3, "model__out_channels": 2},
@@ -166,7 +169,7 @@ def test_one_batch_is_learned(task):
         pytest.importorskip("wordllama")
     pixels = torch.randint(0, 256, (2, *config.shape), dtype=torch.uint8)
     data = Dataset(["a cat", "two dogs"] if text else [0, 1], lambda i: pixels[i], ["a", "b"])
-    batch = next(iter(loop.batches(data, config, 0)))
+    batch = next(loop.batches(data, config, 0))
     model = config.create_model()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.0)
     losses = []
@@ -343,6 +346,25 @@ def test_resuming_after_kill_is_bit_exact(folder):
     assert_same(tensors(folder / "killed"), tensors(folder / "whole"))
 
 
+def test_a_kill_between_state_and_model_is_made_good(folder, monkeypatch):
+    """The model stayed without the last steps, or was missing, for good."""
+    out = folder / "run"
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    loop.train(run_config(folder, steps=1), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(run_config(folder, steps=2), out)
+    loop.train(run_config(folder, steps=2), out)
+    saved = files.read_tensors(out / state.MODEL / "diffusion_pytorch_model.safetensors")
+    averaged = tensors(out)
+    assert averaged["step"] == 2
+    assert_same(saved, {name: averaged[f"ema.module.{name}"] for name in saved})
+
+
 GRADIENTS = """
 import json, sys, torch
 from pathlib import Path
@@ -415,6 +437,44 @@ def test_what_may_change_when_a_run_goes_on_and_what_may_not(folder):
     (out / state.STATE).write_bytes(before[:-100])
     with pytest.raises(ValueError, match=r"state\.safetensors"):
         loop.train(run_config(folder, steps=9), out)
+
+
+def test_classes_may_not_change_when_a_run_goes_on(folder):
+    """Weights of the old classes got the names of the new ones."""
+    out, data = folder / "run", folder / "data"
+    loop.train(run_config(folder, steps=1), out)
+    before = (out / state.CLASSES).read_bytes()
+    (data / "dark").rename(data / "shadow")
+    with pytest.raises(
+        ValueError, match=r"classes \(dark is there, not here; shadow is here, not there\)"
+    ):
+        loop.train(run_config(folder, steps=2), out)
+    assert (out / state.CLASSES).read_bytes() == before
+    (data / "shadow").rename(data / "dark")
+    files.write_json({"classes": ["light", "dark"]}, out / state.CLASSES)
+    with pytest.raises(ValueError, match=r"other classes \(in another order\)"):
+        loop.train(run_config(folder, steps=2), out)
+    (out / state.CLASSES).unlink()
+    with pytest.raises(ValueError, match=r"a run without classes\.json"):
+        loop.train(run_config(folder, steps=2), out)
+
+
+def test_a_run_with_nothing_left_to_do_says_so(folder, capsys):
+    loop.train(run_config(folder, steps=2), folder / "run")
+    assert loop.train(run_config(folder, steps=1), folder / "run") == []
+    assert "nothing is left to do: the run has made 2 of 1 steps" in capsys.readouterr().err
+
+
+def test_another_number_of_examples_is_said_when_a_run_goes_on(folder, capsys):
+    out, picture = folder / "run", folder / "data" / "dark" / "0.png"
+    loop.train(run_config(folder, steps=1), out)
+    Image.open(picture).save(picture.with_name("new.png"))
+    loop.train(run_config(folder, steps=2), out)
+    assert "the run had 6 examples, it has 7 now" in capsys.readouterr().err
+    files.write_json({"classes": ["dark", "light"]}, out / state.CLASSES)  # of an early run
+    loop.train(run_config(folder, steps=3), out)
+    loop.train(run_config(folder, steps=4), out)
+    assert "examples, it has" not in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(folder, monkeypatch):

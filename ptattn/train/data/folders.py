@@ -107,7 +107,8 @@ def find(config: Config, suffixes: frozenset[str]) -> Files:
     A file with a caption is taken whatever it is called; the others by their suffix.
 
     Raises:
-        ValueError: no folder, no captions where the model needs them, or no file to use.
+        ValueError: no folder, no captions where the model needs them or some where it takes
+            classes, or no file to use.
     """
     source = config.data.source
     if config.data.folder is None:
@@ -115,6 +116,11 @@ def find(config: Config, suffixes: frozenset[str]) -> Files:
     folder = Path(config.data.folder)
     if not folder.is_dir():
         raise ValueError(f"data.folder is no folder: {folder}")
+    if config.data.captions is not None and config.model.num_classes is not None:
+        raise ValueError(
+            f"data.captions {config.data.captions} needs model.caption_channels; with "
+            f"model.num_classes {config.model.num_classes}, subfolders are classes"
+        )
     found = walk(folder)
     listing = Path(config.data.captions or folder / captions.FILE)
     if config.model.num_classes is None:
@@ -156,12 +162,18 @@ def _by_caption(folder: Path, found: Walk, listing: Path, suffixes: frozenset[st
     there = set(found.paths)
     known = {_plain(path.relative_to(folder).as_posix()): path for path in found.paths}
     texts: dict[Path, list[str]] = {}
+    outside: list[Path] = []
     for name, own in names.items():
-        path = folder / os.path.normpath(name)
-        if path not in there and not path.exists():
+        inside = os.path.normpath(name)
+        path = folder / inside
+        if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",):
+            outside.append(path)
+            continue
+        if path not in there and not os.path.exists(path):
             path = known.get(_plain(name), path)
         texts.setdefault(path, []).extend(own)
-    missing = {path for path in texts if path not in there and not path.exists()}
+    # Not Path.exists, which fails for names that are longer than a file's can be.
+    missing = {path for path in texts if path not in there and not os.path.exists(path)}
     silent = [path for path in found.paths if _suffix(path) in suffixes and path not in texts]
     return Files(
         {
@@ -170,7 +182,8 @@ def _by_caption(folder: Path, found: Walk, listing: Path, suffixes: frozenset[st
             if path not in missing
         },
         skipped=[(path, f"has no caption in {listing}") for path in silent]
-        + [(path, f"is in {listing}, but not there") for path in sorted(missing)],
+        + [(path, f"is in {listing}, but not there") for path in sorted(missing)]
+        + [(path, f"is in {listing}, but absolute or outside of data.folder") for path in outside],
         notes=notes,
     )
 

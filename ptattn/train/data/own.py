@@ -88,7 +88,12 @@ def _fits(condition: Any, data: Dataset, config: Config) -> bool:
 
 def _checked(pixels: Callable[[int], Tensor], config: Config) -> Callable[[int], Tensor]:
     def checked(index: int) -> Tensor:
-        found = pixels(index)
+        try:
+            found = pixels(index)
+        except Exception as error:
+            raise ValueError(
+                f"data.source {config.data.source}: pixels({index}) raised {_what(error)}"
+            ) from error
         tensor = isinstance(found, Tensor)
         if not tensor or found.dtype != torch.uint8 or found.shape != config.shape:
             got = f"{found.dtype} {tuple(found.shape)}" if tensor else type(found).__name__

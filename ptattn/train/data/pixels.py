@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,13 @@ from .dataset import need
 VIDEOS = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"}
     | {".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
+)
+# Demuxers of files that hold frames themselves. Others, of playlists and scripts, open the files
+# that are named within, wherever these lie.
+DEMUXERS = (
+    *("apng", "asf", "av1", "avi", "dv", "flv", "gif", "h264", "hevc", "ivf", "m4v", "matroska"),
+    *("mjpeg", "mov", "mpeg", "mpegts", "mpegvideo", "mxf", "nut", "obu", "ogg", "rm", "vc1"),
+    *("vvc", "wtv", "yuv4mpegpipe"),
 )
 UPRIGHT = {  # by the orientation in EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,8 +41,11 @@ class UnusableError(ValueError):
     """A file that cannot be used; `reason` says why."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.reason = reason
+        super().__init__(path, reason)  # as processes that hand it on build it anew
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 def image_formats() -> list[str]:
@@ -64,6 +76,7 @@ def reading(path: Path) -> Iterator[None]:
 def read_image(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     """uint8 (channels, H, W) of a file, upright; raises UnusableError."""
     with reading(path), Image.open(path, formats=image_formats()) as image:
+        image.load()  # first: Pillow turns TIFFs within it, and removes their orientation
         # Not ImageOps.exif_transpose, which writes EXIF anew and fails where that is broken.
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return fit(image if turn is None else image.transpose(turn), channels, size)
@@ -75,9 +88,15 @@ def fit(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
     What is transparent becomes white. 1 channel is grey, 3 are RGB.
     """
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        shades = (values >> 8).astype(np.uint8)
+        if transparent is not None:  # one of the 65,536 values
+            shades[values == transparent] = 255
+        image = Image.fromarray(shades)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no range of its own; use 8 or 16 bits a channel")
+    if image.mode == "LAB":  # which Pillow turns into RGB alone
+        image = image.convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -92,13 +111,23 @@ def read_video(path: Path, channels: int, size: tuple[int, int]) -> Iterator[Ten
         ImportError: no PyAV.
         UnusableError: a file that it cannot decode.
     """
-    av = need("av")
-    cover = av.stream.Disposition.attached_pic
-    # Titles and the like may be in any encoding; nobody reads them here.
-    with reading(path), av.open(str(path), metadata_errors="ignore") as container:
+    cover = need("av").stream.Disposition.attached_pic
+    with reading(path), _open(path) as container:
         moving = [own for own in container.streams.video if not own.disposition & cover]
         if not moving:
             raise ValueError("holds no video")
         for frame in container.decode(moving[0]):
             upright = frame.to_image().rotate(frame.rotation, expand=True)
             yield fit(upright, channels, size)
+
+
+def _open(path: Path) -> Any:
+    av = need("av")
+    try:
+        return av.open(
+            os.path.abspath(path),  # what precedes a colon would be taken as a protocol
+            options={"format_whitelist": ",".join(DEMUXERS)},
+            metadata_errors="ignore",  # titles may be in any encoding; nobody reads them here
+        )
+    except av.error.ArgumentError as error:
+        raise ValueError(f"is of no format that holds frames: {', '.join(DEMUXERS)}") from error

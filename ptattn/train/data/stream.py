@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ..config import Config
 from .conditions import Conditions
 from .dataset import Condition, Dataset
 
+Batch = dict[str, Tensor]
 ORDER, EXAMPLE, PICTURE, CAPTION = range(4)  # what random numbers are for
 
 
@@ -27,7 +29,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-class Stream(torch.utils.data.Dataset[dict[str, Tensor]]):
+class Stream(torch.utils.data.Dataset[Batch]):
     """Example at a position: epoch after epoch, each in an order of its own."""
 
     def __init__(self, data: Dataset, config: Config) -> None:
@@ -38,7 +40,7 @@ class Stream(torch.utils.data.Dataset[dict[str, Tensor]]):
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.data), generator=generator(self.config.seed, ORDER, epoch))
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
+    def __getitem__(self, position: int) -> Batch:
         config = self.config
         epoch, place = divmod(position, len(self.data))
         index = int(self.order(epoch)[place])
@@ -53,6 +55,17 @@ class Stream(torch.utils.data.Dataset[dict[str, Tensor]]):
             ),
         }
 
+    def __getitems__(self, positions: Sequence[int]) -> list[Batch] | ValueError:
+        """Examples, or the error that says what is wrong with one.
+
+        It is handed on as a value: where it is raised in a worker, torch puts the worker's
+        traceback in place of its message.
+        """
+        try:
+            return [self[position] for position in positions]
+        except ValueError as error:
+            return error
+
     def _one(self, condition: Condition, position: int) -> int | str:
         """The label, or one of the captions."""
         if isinstance(condition, int | str):
@@ -63,7 +76,7 @@ class Stream(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def batches(
     data: Dataset, config: Config, start: int, rank: int = 0, processes: int = 1
-) -> DataLoader[dict[str, Tensor]]:
+) -> Iterator[Batch]:
     """This process's part of every batch from step `start` on, one per accumulated part.
 
     A batch holds pixels uint8 (b, C, [F,] H, W), noise like it, timestep (b,) and the model's
@@ -71,7 +84,7 @@ def batches(
 
     Raises:
         ValueError: a batch that processes · accumulation does not divide, or workers where there
-            can be none.
+            can be none; from the iterator, an example that can no longer be used.
     """
     parts = processes * config.accumulation
     size, rest = divmod(config.batch_size, parts)
@@ -89,9 +102,21 @@ def batches(
     workers = config.data.workers
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         raise ValueError(f"data.workers must be 0 where processes cannot fork; got {workers}")
-    return DataLoader(
+    loader = DataLoader(
         Stream(data, config),
         batch_sampler=positions,
+        collate_fn=_collate,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # what reads files does not pickle
     )
+    return map(_usable, loader)
+
+
+def _collate(examples: list[Batch] | ValueError) -> Batch | ValueError:
+    return examples if isinstance(examples, ValueError) else default_collate(examples)
+
+
+def _usable(batch: Batch | ValueError) -> Batch:
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ class Walk:
 def walk(folder: Path) -> Walk:
     """All files below a folder, also behind links.
 
-    Neither what is hidden or a system's own is data, nor is the folder of a run.
+    Neither what is hidden or a system's own is data, nor is the folder of a run. What links lead to
+    is taken once for each folder that lies directly in this one, such as a class.
     """
     paths: list[Path] = []
     skipped: list[tuple[Path, str]] = []
@@ -35,10 +37,20 @@ def walk(folder: Path) -> Walk:
     def unreadable(error: OSError) -> None:
         skipped.append((Path(error.filename), error.strerror or str(error)))
 
-    for name, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        parent = Path(name)
-        folders[:] = [own for own in folders if _holds_data(parent / own)]
-        paths += [parent / own for own in files if not _of_system(own)]
+    walked: set[tuple[tuple[str, ...], Path]] = set()
+    starts = deque([folder])  # links come last, so that a folder is known by its own name
+    while starts:
+        for name, folders, files in os.walk(starts.popleft(), onerror=unreadable):
+            parent = Path(name)
+            top, real = parent.relative_to(folder).parts[:1], parent.resolve()
+            if walked & {(top, real), ((), real)}:
+                folders.clear()
+                continue
+            walked.add((top, real))
+            inside = [parent / own for own in sorted(folders) if _holds_data(parent / own)]
+            starts += [own for own in inside if own.is_symlink()]
+            folders[:] = [own.name for own in inside if not own.is_symlink()]
+            paths += [parent / own for own in files if not _of_system(own)]
     return Walk(sorted(paths), skipped)
 
 
@@ -47,8 +59,8 @@ def _holds_data(folder: Path) -> bool:
         return False
     if (folder / CONFIG).is_file() and (folder / CLASSES).is_file():  # a run's
         return False
-    around = folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
-    return not around  # a link to where it lies has no end
+    # A link to what is around it would bring in more than the data.
+    return not (folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()))
 
 
 def _of_system(name: str) -> bool:
