@@ -3,11 +3,12 @@
 import argparse
 import copy
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
 
-from ptattn import checkpoint
+from ptattn import checkpoint, files
 from tests.test_checkpoint import Malicious, assert_same, tiny
 from tests.test_golden import FILES, read
 
@@ -105,6 +106,26 @@ def test_arguments_run_no_code(official, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"holds builtins\.print, which is not loaded"):
         checkpoint.load_official(path, official[1])
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["", "old"])
+def test_a_byte_that_is_another(tmp_path, zipped, recwarn):
+    """Pickles with one once raised KeyError, IndexError, AssertionError and more; and the search
+    for classes in them an UnpicklingError of its own."""
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(1)}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    errors = []
+    for at in range(min(len(content), 400)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
+        try:
+            files.read_tensors(path)
+        except ValueError as error:
+            errors.append(error)
+    assert {type(error.__cause__) for error in errors} >= {UnpicklingError, KeyError}
+    for message in map(str, errors):
+        assert message.startswith(f"{path} ")
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
