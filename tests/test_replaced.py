@@ -1,11 +1,13 @@
 """Models whose attention was replaced, saved and loaded."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 import ptattn
+from ptattn import replaced
 from tests.support.hosts import PixArt, ViT, import_timm, wake
 
 
@@ -114,9 +116,52 @@ def test_another_model_stays_as_it_was(pixart, diffusers, tmp_path, layers, mess
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
 
 
+GROUP = dict(names=["attn"], window=[1, 2, 2], proxy_window=[1, 2, 2], grid=None, backend="auto")
+
+
+def write_record(folder, content):
+    (folder / replaced.RECORD_FILE).write_text(json.dumps(content))
+
+
 def test_what_is_not_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"replaced_attention\.json"):
         ptattn.load_replaced(torch.nn.Linear(1, 1), tmp_path)
-    (tmp_path / "replaced_attention.json").write_text('{"replaced": []}')
+    write_record(tmp_path, {"replaced": [GROUP]})
     with pytest.raises(FileNotFoundError, match=r"replaced_model\.safetensors"):
         ptattn.load_replaced(torch.nn.Linear(1, 1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"replaced": 3},
+        {"replaced": []},
+        {"replaced": ["attn"]},
+        {"replaced": [GROUP], "version": 2},
+        {"replaced": [{"names": ["attn"], "window": [1, 2, 2]}]},
+        {"replaced": [{**GROUP, "windows": 3}]},
+        *(
+            {"replaced": [{**GROUP, key: value}]}
+            for key, value in [
+                *(("names", []), ("names", "attn"), ("names", [None]), ("window", ["a", 2])),
+                *(("window", 3), ("proxy_window", None), ("grid", {}), ("backend", None)),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_a_record_that_is_none_is_named(tmp_path, content):
+    """It once was a KeyError, a TypeError, or attention like nobody's."""
+    write_record(tmp_path, content)
+    with pytest.raises(ValueError, match=r"^\S+replaced_attention\.json(: \w+ is| must)"):
+        ptattn.load_replaced(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_a_record_of_another_version_names_its_folder(pixart, diffusers, tmp_path):
+    ptattn.save_replaced(pixart, tmp_path)
+    record = json.loads((tmp_path / replaced.RECORD_FILE).read_text())
+    record["replaced"][1]["backend"] = "vulkan"
+    write_record(tmp_path, record)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: backend must be .*vulkan"):
+        ptattn.load_replaced(diffusers.PixArtTransformer2DModel, tmp_path)

@@ -209,3 +209,19 @@ def test_a_missing_shard(component, tmp_path):
     next(tmp_path.glob("*-00002-of-*")).unlink()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*-00002-of-"):
         checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "a/b.safetensors", "/b.bin", 5, None, []]
+)
+def test_an_index_names_files_beside_it(tmp_path, name):
+    """Files elsewhere on the disk were read."""
+    checkpoint.save_model(tiny(), tmp_path / "folder")
+    path = tmp_path / "folder" / checkpoint.WEIGHTS_FILE
+    path.rename(tmp_path / "secret.safetensors")
+    index = path.with_suffix(".safetensors.index.json")
+    files.write_json({"weight_map": {"output.table": name}}, index)
+    with pytest.raises(
+        ValueError, match=r"index\.json: output\.table must be in a file beside it; "
+    ):
+        checkpoint.load_model(tmp_path / "folder")
