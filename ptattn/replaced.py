@@ -42,7 +42,8 @@ def save_replaced(model: nn.Module, folder: str | Path) -> None:
     """Write a model whose attention `replace_attention` has replaced, for `load_replaced`.
 
     The folder gets replaced_attention.json, which says what was replaced by what, all weights in
-    replaced_model.safetensors and, for a model of diffusers, its config.json.
+    replaced_model.safetensors and, for a model of diffusers, its config.json. Weights that are
+    shared, as of one module in two places, are written for each.
 
     Raises:
         TypeError: a model within a wrapper, such as DDP's.
@@ -62,7 +63,13 @@ def save_replaced(model: nn.Module, folder: str | Path) -> None:
             group["names"].append(state_dicts.plain_name(name))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no attention that replace_attention made")
-    weights = {state_dicts.plain_name(name): t for name, t in model.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    memories = set()
+    for name, tensor in model.state_dict().items():
+        # safetensors takes no memory twice, as of tied weights or of one module in two places.
+        memory = tensor.untyped_storage().data_ptr()
+        weights[state_dicts.plain_name(name)] = tensor.clone() if memory in memories else tensor
+        memories.add(memory)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_tensors(weights, folder / WEIGHTS_FILE)

@@ -29,6 +29,10 @@ def pixart(diffusers):
 
 def assert_same(model, other, run):
     assert [str(m) for m in model.modules()] == [str(m) for m in other.modules()]
+    assert_same_weights(model, other, run)
+
+
+def assert_same_weights(model, other, run):
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     assert torch.equal(run(model), run(other))
 
@@ -63,6 +67,28 @@ def test_a_model_that_is_given(tmp_path):
         ptattn.load_replaced(fresh, tmp_path)
     ptattn.restore_attention(fresh)
     assert torch.equal(ViT.run(fresh), before)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["class", "model"])
+def test_attention_in_two_places_and_tied_weights(diffusers, tmp_path, given):
+    """safetensors takes no memory twice, so that nothing was saved."""
+
+    def make():
+        model = PixArt.make(diffusers)
+        first, second = model.transformer_blocks
+        second.attn1 = first.attn1
+        second.ff.net[2].weight = first.ff.net[2].weight
+        return model
+
+    model = make()
+    ptattn.replace_attention(model, window=(2, 3))
+    ptattn.save_replaced(wake(model).eval(), tmp_path)
+    kind = make().eval() if given else diffusers.PixArtTransformer2DModel
+    loaded = ptattn.load_replaced(kind, tmp_path)
+    assert_same_weights(loaded, model, PixArt.run)
+    first, second = loaded.transformer_blocks
+    assert (first.attn1 is second.attn1) == given
+    assert (first.ff.net[2].weight is second.ff.net[2].weight) == given
 
 
 def test_blocks_that_are_compiled_have_plain_names(pixart, diffusers, tmp_path):
