@@ -53,7 +53,11 @@ setup(
     extras_require={
         "bench": BENCH,
         "hub": HUB,
-        "t2x": ["diffusers>=0.40", "transformers", "accelerate", *HUB],
+        "t2x": [
+            *("diffusers>=0.40", "transformers", "accelerate"),
+            *("sentencepiece", "protobuf"),  # read the tokenizer's spiece.model
+            *HUB,
+        ],
         "train": TRAIN,
         "demo": DEMO,
         "test": [

@@ -135,8 +135,8 @@ def load_model(folder: str | Path, *, variant: str | None = None, backend: str =
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: unknown or missing keys of config.json, or unknown, missing or misshapen
-            tensors; a corrupt or truncated file; several variants to choose from.
+        ValueError: unknown, missing or wrong entries of config.json, or unknown, missing or
+            misshapen tensors; a corrupt or truncated file; several variants to choose from.
         ImportError: no safetensors (`pip install ptattn[hub]`).
     """
     folder = Path(folder)
@@ -325,8 +325,8 @@ def _own_config(path: Path) -> tuple[type[Model], ModelConfig]:
     content = files.read_json(path)
     name = content.get("_class_name", "")
     # The pipelines' transformer is a PTDiT, with the same weights.
-    family = PTDiT if name == "PTDiTTransformer" else _CLASSES.get(name)
-    if family is None:
+    families = {**_CLASSES, "PTDiTTransformer": PTDiT}
+    if not isinstance(name, str) or name not in families:
         raise ValueError(f"{path}: _class_name must be {', '.join(_CLASSES)}; got {name!r}")
     given: dict[str, Any] = {  # what begins with _ is diffusers' own
         key: tuple(value) if isinstance(value, list) else value
@@ -340,4 +340,7 @@ def _own_config(path: Path) -> tuple[type[Model], ModelConfig]:
         unknown=set(given) - {field.name for field in known},
         missing=needed - set(given),
     )
-    return family, ModelConfig(**given)
+    try:
+        return families[name], ModelConfig(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

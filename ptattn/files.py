@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -172,24 +173,36 @@ def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _read_pickle(path: Path) -> Any:
+    mapped = False
     try:
         # Files from before torch 1.6 are no zip files and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         # A training script's arguments: attributes, and no code that loading them would run.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        found = _unsafe_classes(path) if mapped else []
-        if not found:
-            raise ValueError(f"{path} is not a whole file of plain tensors: {error}") from error
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # pickle and torch raise of any kind over bytes that are not theirs
+        refused = mapped and isinstance(error, pickle.UnpicklingError)
+        if not refused or not (found := _unsafe_classes(path)):
+            reason = _reason(error)
+            raise ValueError(f"{path} is not a whole file of plain tensors: {reason}") from error
         raise ValueError(
             f"{path} is not a whole file of plain tensors: it holds {_join(found)}, which is not "
             "loaded, as that can run code. Save its state dict alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole file of plain tensors: {error}") from error
 
 
 def _unsafe_classes(path: Path) -> list[str]:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    """Those in a file that was refused; none where that is for bytes that are no pickle's."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        return []
+
+
+def _reason(error: Exception) -> str:
+    """In one line, and without torch's advice to load what can run code."""
+    text = re.sub(r"(?s).*WeightsUnpickler error:|Check the documentation.*", "", str(error))
+    return ": ".join(filter(None, (type(error).__name__, " ".join(text.split()))))

@@ -8,6 +8,8 @@ diffusers model's configuration.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +24,26 @@ WEIGHTS_FILE = "replaced_model.safetensors"
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def _are(kind: type, value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(v) is kind for v in value)
+
+
+# What is recorded of attentions that were replaced alike, and how to tell that it is.
+_RECORDED: dict[str, Callable[[Any], bool]] = {
+    "names": partial(_are, str),
+    "window": partial(_are, int),
+    "proxy_window": partial(_are, int),
+    "grid": lambda value: value is None or _are(int, value),
+    "backend": lambda value: isinstance(value, str),
+}
+
+
 def save_replaced(model: nn.Module, folder: str | Path) -> None:
     """Write a model whose attention `replace_attention` has replaced, for `load_replaced`.
 
     The folder gets replaced_attention.json, which says what was replaced by what, all weights in
-    replaced_model.safetensors and, for a model of diffusers, its config.json.
+    replaced_model.safetensors and, for a model of diffusers, its config.json. Weights that are
+    shared, as of one module in two places, are written for each.
 
     Raises:
         TypeError: a model within a wrapper, such as DDP's.
@@ -46,7 +63,13 @@ def save_replaced(model: nn.Module, folder: str | Path) -> None:
             group["names"].append(state_dicts.plain_name(name))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no attention that replace_attention made")
-    weights = {state_dicts.plain_name(name): t for name, t in model.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    memories = set()
+    for name, tensor in model.state_dict().items():
+        # safetensors takes no memory twice, as of tied weights or of one module in two places.
+        memory = tensor.untyped_storage().data_ptr()
+        weights[state_dicts.plain_name(name)] = tensor.clone() if memory in memories else tensor
+        memories.add(memory)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_tensors(weights, folder / WEIGHTS_FILE)
@@ -71,7 +94,7 @@ def load_replaced(model: type[Model] | Model, folder: str | Path) -> Model:
         TypeError: neither an nn.Module nor a class of diffusers'.
         FileNotFoundError: a file is missing.
         ValueError: the model has other attentions or weights than the one saved, or something in it
-            was replaced. It is then as it was.
+            was replaced; a file that `save_replaced` has not written so. It is then as it was.
         ImportError: no safetensors (`pip install ptattn[hub]`).
 
     Example:
@@ -79,7 +102,7 @@ def load_replaced(model: type[Model] | Model, folder: str | Path) -> Model:
         >>> model = ptattn.load_replaced(PixArtTransformer2DModel, "folder")
     """
     folder = Path(folder)
-    groups = files.read_json(folder / RECORD_FILE)["replaced"]
+    groups = _read_record(folder / RECORD_FILE)
     weights = files.read_tensors(folder / WEIGHTS_FILE)
     if isinstance(model, nn.Module):
         _fit(model, groups, weights, folder)
@@ -100,6 +123,20 @@ def load_replaced(model: type[Model] | Model, folder: str | Path) -> Model:
     return made.eval()
 
 
+def _read_record(path: Path) -> list[dict[str, Any]]:
+    content = files.read_json(path)
+    groups = content.pop("replaced", None)
+    if content or not groups or not isinstance(groups, list):
+        raise ValueError(f"{path} must have a list `replaced` and nothing else")
+    for group in groups:
+        if not isinstance(group, dict) or group.keys() != _RECORDED.keys():
+            raise ValueError(f"{path} must give {', '.join(_RECORDED)} of each group; got {group}")
+        for key, fits in _RECORDED.items():
+            if not fits(group[key]):
+                raise ValueError(f"{path}: {key} is not as it is saved; got {group[key]!r}")
+    return groups
+
+
 def _fit(model: nn.Module, groups: Any, weights: dict[str, Tensor], folder: Path) -> None:
     """Replace in a model what was replaced in the one saved."""
     name = type(model).__name__
@@ -114,9 +151,9 @@ def _fit(model: nn.Module, groups: Any, weights: dict[str, Tensor], folder: Path
         for group in groups:
             match = "|".join(map(re.escape, group.pop("names")))
             replace_attention(model, match=match, **group)
-        why = f"{folder / WEIGHTS_FILE} does not fit this {name}"
+        why = f"{WEIGHTS_FILE} does not fit this {name}"
         state_dicts.check(weights, model.state_dict(), why)
-    except ValueError:
+    except ValueError as error:
         if any(isinstance(module, ReplacedAttention) for module in model.modules()):
             restore_attention(model)
-        raise
+        raise ValueError(f"{folder}: {error}") from error

@@ -55,7 +55,8 @@ def read_folder(folder: Path, variant: str | None = None) -> tuple[dict[str, Ten
 
     Raises:
         FileNotFoundError: no weights, not those of the variant, or not all of their shards.
-        ValueError: several variants and no plain weights, or a file that cannot be read.
+        ValueError: several variants and no plain weights, a file that cannot be read, or an index
+            that names anything but files beside it.
     """
     found = find(folder)
     if variant is None and "" not in found and found:
@@ -72,6 +73,9 @@ def read_folder(folder: Path, variant: str | None = None) -> tuple[dict[str, Ten
     shards = files.read_json(path).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{path} must have a weight_map; got {type(shards).__name__}")
+    for entry, name in shards.items():
+        if not isinstance(name, str) or name != Path(name).name:  # "../" leads out of the folder
+            raise ValueError(f"{path}: {entry} must be in a file beside it; got {name!r}")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(shards.values())):
         tensors |= files.read_tensors(folder / name)

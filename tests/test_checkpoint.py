@@ -213,7 +213,11 @@ def test_weights_of_another_configuration_are_refused(folder):
         ({"rope": True}, "config.json does not fit: unknown: rope$"),
         ({"_class_name": "UNet"}, "_class_name must be PTDiT, DiT, PixArt; got 'UNet'"),
         ({"_class_name": None}, "got None"),
-        ({"dim": 33}, "dim must be a multiple of 16 and of num_heads; got 33, 2"),
+        ({"_class_name": ["PTDiT"]}, r"got \['PTDiT'\]"),
+        ({"window": 5}, r"config\.json: window must be 2 or 3 integers >= 1; got 5"),
+        ({"window": [2, "a", 2]}, r"got \(2, 'a', 2\)"),
+        ({"proxy_window": [0, 2]}, "proxy_window must be 2 or 3 integers >= 1"),
+        ({"dim": 33}, r"config\.json: dim must be a multiple of 16 and of num_heads; got 33, 2"),
     ],
     ids=str,
 )

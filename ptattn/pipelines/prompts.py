@@ -8,6 +8,8 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..models.inputs import check_mask
+
 logger = logging.get_logger(__name__)
 
 
@@ -45,7 +47,7 @@ def check_prompts(
     """How many prompts a call has.
 
     Raises:
-        TypeError: texts that are none.
+        TypeError: texts that are none; a mask that is neither bool nor integer.
         ValueError: texts and embeddings, or neither; embeddings without a mask; other shapes than
             (B, T, channels) and (B, T); other negative ones than prompts.
     """
@@ -83,6 +85,7 @@ def _check_one(
         raise ValueError(
             f"{name}_embeds must have shape (B, T, {channels}); got {tuple(embeds.shape)}"
         )
+    check_mask(f"{name}_attention_mask", mask)
     if mask.shape != embeds.shape[:2]:
         raise ValueError(
             f"{name}_attention_mask must have shape (B, T) = {tuple(embeds.shape[:2])}; "

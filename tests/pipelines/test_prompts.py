@@ -16,7 +16,8 @@ NAMES = (
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
-EMBEDS = dict(zip(NAMES, (torch.zeros(1, 3, WIDTH), torch.ones(1, 3)) * 2, strict=True))
+MASK = torch.ones(1, 3, dtype=torch.int64)
+EMBEDS = dict(zip(NAMES, (torch.zeros(1, 3, WIDTH), MASK) * 2, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +127,11 @@ def test_guidance_that_a_callback_begins_needs_negative_prompts(images):
         (EMBEDS | dict(prompt="a cat"), "give prompt or prompt_embeds; got both"),
         (EMBEDS | dict(negative_prompt="a cat"), "negative_prompt_embeds; got both"),
         (EMBEDS | dict(prompt_attention_mask=None), "prompt_attention_mask go together"),
-        (dict(prompt="a cat", prompt_attention_mask=torch.ones(1, 3)), "go together; got one"),
+        (dict(prompt="a cat", prompt_attention_mask=MASK), "go together; got one"),
         (EMBEDS | dict(prompt_embeds=torch.zeros(1, 3, 5)), r"\(B, T, 16\); got \(1, 3, 5\)"),
-        (EMBEDS | dict(prompt_attention_mask=torch.ones(3)), r"\(1, 3\); got \(3,\)"),
+        (EMBEDS | dict(prompt_attention_mask=MASK[0]), r"\(1, 3\); got \(3,\)"),
         (
-            EMBEDS | dict(zip(NAMES, (torch.zeros(1, 2, WIDTH), torch.ones(1, 2)), strict=False)),
+            EMBEDS | dict(zip(NAMES, (torch.zeros(1, 2, WIDTH), MASK[:, :2]), strict=False)),
             r"shape of prompt_embeds; got \(1, 3, 16\) and \(1, 2, 16\)",
         ),
         (
@@ -142,6 +143,13 @@ def test_guidance_that_a_callback_begins_needs_negative_prompts(images):
 def test_captions_that_do_not_fit_are_named(images, given, message):
     with pytest.raises(ValueError, match=message):
         draw(images, **given)
+
+
+@pytest.mark.parametrize("name", NAMES[1::2])
+def test_an_additive_mask_is_no_mask(images, name):
+    """0 at real tokens and -10000 elsewhere was once taken for its opposite."""
+    with pytest.raises(TypeError, match=f"^{name} must be bool, or integers .*; got torch.float32"):
+        draw(images, **EMBEDS | {name: (1 - MASK.float()) * -10_000})
 
 
 def test_texts_need_what_reads_them(wordless):
