@@ -162,7 +162,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
                 at half the cost. By default 4, or 6 for v-prediction.
             num_images_per_prompt: images or videos for each prompt.
             generator: for the same noise again; or one for each image or video.
-            latents: the noise itself, (B, C, f, h, w) with f = 1 for images.
+            latents: the noise itself, (B, C, f, h, w), or (B, C, h, w) for images.
             prompt_embeds, negative_prompt_embeds: (B, T, caption_channels), as `encode_prompt`
                 makes them of one image per prompt; in place of the texts.
             prompt_attention_mask, negative_prompt_attention_mask: theirs, (B, T), bool or
@@ -384,6 +384,8 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator, device, torch.float32)
+        if latents.ndim == 4 and shape[2] == 1:
+            latents = latents.unsqueeze(2)
         if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
         return latents.to(device, torch.float32)

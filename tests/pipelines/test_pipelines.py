@@ -67,6 +67,10 @@ def test_it_is_the_sampler_of_training(images):
     )
     theirs = sample(images.transformer, noise, condition, null, shift=resolution_shift(64, 96))
     torch.testing.assert_close(ours.images, theirs[:, :, 0])
+    again = images(
+        prompts, negatives, num_images_per_prompt=2, **calls | dict(latents=noise[:, :, 0])
+    )
+    assert torch.equal(again.images, ours.images)  # noise of the shape that "latent" returns
     assert len(images.scheduler.timesteps) == FLOW.steps == 30
     assert images.guidance_scale == FLOW.guidance == 4
 
@@ -243,7 +247,7 @@ def test_models_can_be_offloaded():
         (dict(max_sequence_length=0), "max_sequence_length must be a positive integer"),
         (dict(output_type="gif"), "output_type: 'gif' not in pil, np, pt, latent"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "'noise' not in latents"),
-        (dict(latents=torch.zeros(1, 4, 8, 12)), r"shape \(1, 4, 1, 8, 12\); got \(1, 4, 8, 12\)"),
+        (dict(latents=torch.zeros(4, 8, 12)), r"shape \(1, 4, 1, 8, 12\); got \(4, 8, 12\)"),
         (dict(generator=[seeded()] * 2), "generator must be one or 1; got 2"),
         (dict(negative_prompt=["a", "b"]), "must be one text, or one for each of 1 prompts; got 2"),
         (dict(prompt=[]), "prompt must hold at least one text"),
