@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..geometry import Triple, WindowGrid, default_window
 from ..models.configs import PT_DIT
-from .timing import Rates
+from .clocks import Rates
 
 DTYPE, ELEMENT = torch.bfloat16, 2
 TASKS = ("forward", "backward")
@@ -76,7 +76,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Case:
+class Operation:
     """One operation at one shape.
 
     `op` is one of OPS: window attention plain or shifted, attention of the tokens to the proxies or
@@ -154,7 +154,7 @@ class Case:
         return max(self.bytes(task) / rates.copy, self.flops(task) / rates.products)
 
     def facts(self, task: str) -> dict[str, Any]:
-        """What a result file says of the case, and what targets go by."""
+        """What a result file says of it."""
         return {
             "op": self.op,
             "model": self.model,
@@ -172,7 +172,7 @@ class Case:
 
     @property
     def memory(self) -> int:
-        """Bytes that a measurement takes: ours, the check of one head, and the opponents' copies,
+        """Bytes that a measurement takes: ours, the check of one head, and the baselines' copies,
         those that each keeps for its backward included."""
         tensor = self.batch * self.queries * self.channels * ELEMENT
         copies = {"window": 32, "shifted": 48}.get(self.op, 20)
@@ -239,28 +239,28 @@ def _model(name: str) -> tuple[int, int]:
     return config.num_heads, config.dim // config.num_heads
 
 
-def cases(quick: bool = False) -> list[Case]:
+def operations(quick: bool = False) -> list[Operation]:
     """The most important first."""
     found = list(_quick() if quick else _all())
     return list(dict.fromkeys(found))
 
 
-def _quick() -> Iterator[Case]:
+def _quick() -> Iterator[Operation]:
     for size, op in itertools.product(("1024 px", "512 px"), OPS):
-        yield _case(op, "XL", size, 1)
-    yield _case("window", "XL", "2048 px", 1)
+        yield _operation(op, "XL", size, 1)
+    yield _operation("window", "XL", "2048 px", 1)
 
 
-def _all() -> Iterator[Case]:
+def _all() -> Iterator[Operation]:
     images = [size for size in GRIDS if size.startswith(("1024", "2048"))]
     for size, op in itertools.product(images, OPS):
-        yield _case(op, "XL", size, 1)
+        yield _operation(op, "XL", size, 1)
     for op, size, grid, window in EXTRA:
-        yield Case(op, "XL", size, grid, window, *_model("XL"))
+        yield Operation(op, "XL", size, grid, window, *_model("XL"))
     for batch, model, size, op in itertools.product(BATCHES, MODELS, GRIDS, OPS):
-        yield _case(op, model, size, batch)
+        yield _operation(op, model, size, batch)
 
 
-def _case(op: str, model: str, size: str, batch: int) -> Case:
+def _operation(op: str, model: str, size: str, batch: int) -> Operation:
     grid = GRIDS[size]
-    return Case(op, model, size, grid, default_window(grid), *_model(model), batch)
+    return Operation(op, model, size, grid, default_window(grid), *_model(model), batch)

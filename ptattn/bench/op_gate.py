@@ -1,7 +1,7 @@
 """The gate of the operations: outputs and gradients against float64, by the rule of the tests.
 
 Heads do not depend on one another, nor do samples, so the first head of the first sample and the
-last of the last are checked whole, against the formula below in float64 and in the case's dtype.
+last of the last are checked whole, against the formula below in float64 and in the tested dtype.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import WindowGrid
-from .op_cases import DENSE, ROWWISE, Case, Inputs
+from .op_workloads import DENSE, ROWWISE, Inputs, Operation
 from .parity import FORWARD, GRADIENT, WrongError, assert_within_rule, relative_error
 
-# Relative error allowed to an opponent in bf16, in the norm, against ours, which has been checked.
-OPPONENT = 2e-2
+# Relative error allowed to a baseline in bf16, in the norm, against ours, which has been checked.
+BASELINE = 2e-2
 
 
-def check(case: Case, inputs: Inputs, backend: str = "triton") -> dict[str, float]:
+def check(operation: Operation, inputs: Inputs, backend: str = "triton") -> dict[str, float]:
     """Hold ours to the rule; the error of each output and gradient as a share of plain torch's.
 
     Raises:
         WrongError: naming what is wrong.
     """
-    outs = case.call(backend, inputs.tensors, inputs.key_mask)
+    outs = operation.call(backend, inputs.tensors, inputs.key_mask)
     grads = torch.autograd.grad(outs, inputs.tensors, inputs.upstream)
     errors: dict[str, float] = {}
-    for part in _parts(case):
-        for name, share in _check_part(case, inputs, outs, grads, part).items():
+    for part in _parts(operation):
+        for name, share in _check_part(operation, inputs, outs, grads, part).items():
             errors[name] = max(share, errors.get(name, 0.0))
     return errors
 
 
-def check_opponent(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
-    """Raise WrongError where an opponent computes something else."""
+def check_baseline(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    """Raise WrongError where a baseline computes something else."""
     for mine, other in zip(ours, theirs, strict=True):
         error = relative_error(other, mine)
-        if not error <= OPPONENT:
-            raise WrongError(f"error {error:.1e} against ours, limit {OPPONENT:.0e}")
+        if not error <= BASELINE:
+            raise WrongError(f"error {error:.1e} against ours, limit {BASELINE:.0e}")
 
 
-def _parts(case: Case) -> list[tuple[slice, slice]]:
+def _parts(operation: Operation) -> list[tuple[slice, slice]]:
     """Samples and heads to check; rows of channels have no heads."""
     first, last = slice(0, 1), slice(-1, None)
-    if case.op in ROWWISE:
+    if operation.op in ROWWISE:
         parts = [(first, slice(None)), (last, slice(None))]
-        return parts[: min(2, case.batch)]
+        return parts[: min(2, operation.batch)]
     return [(first, first), (last, last)]
 
 
@@ -58,7 +58,7 @@ def _cut(t: Tensor, part: tuple[slice, slice]) -> Tensor:
 
 
 def _check_part(
-    case: Case,
+    operation: Operation,
     inputs: Inputs,
     outs: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -69,12 +69,12 @@ def _check_part(
     )
     mask = None if inputs.key_mask is None else inputs.key_mask[part[0]]
     gold, eager = (
-        _evaluate(case, tensors, upstream, mask, dtype)
+        _evaluate(operation, tensors, upstream, mask, dtype)
         for dtype in (torch.float64, tensors[0].dtype)
     )
     ours = [_cut(t.detach(), part) for t in (*outs, *grads)]
     shares = {}
-    for i, (name, mine) in enumerate(zip(_names(case), ours, strict=True)):
+    for i, (name, mine) in enumerate(zip(_names(operation), ours, strict=True)):
         ratio = FORWARD if i < len(outs) else GRADIENT
         assert_within_rule(name, mine, gold[i], [eager[i]], ratio)
         worst, allowed = ((t.double() - gold[i]).abs().max().item() for t in (mine, eager[i]))
@@ -82,42 +82,44 @@ def _check_part(
     return shares
 
 
-def _names(case: Case) -> tuple[str, ...]:
-    return (*case.outputs, *(f"d{name}" for name in case.inputs_of_gradients))
+def _names(operation: Operation) -> tuple[str, ...]:
+    return (*operation.outputs, *(f"d{name}" for name in operation.inputs_of_gradients))
 
 
 def _evaluate(
-    case: Case,
+    operation: Operation,
     tensors: Sequence[Tensor],
     upstream: Sequence[Tensor],
     mask: Tensor | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     leaves = [t.to(dtype).requires_grad_() for t in tensors]
-    outs = tuple(formula(case, leaves, mask))
+    outs = tuple(formula(operation, leaves, mask))
     grads = torch.autograd.grad(outs, leaves, [g.to(dtype) for g in upstream])
     return [t.detach() for t in (*outs, *grads)]
 
 
-def formula(case: Case, tensors: Sequence[Tensor], key_mask: Tensor | None) -> Iterator[Tensor]:
+def formula(
+    operation: Operation, tensors: Sequence[Tensor], key_mask: Tensor | None
+) -> Iterator[Tensor]:
     """The outputs in plain torch, in the dtype of the inputs; windows are gathered side by side."""
-    if case.op in DENSE:
+    if operation.op in DENSE:
         present = None if key_mask is None else key_mask[:, None, None]
-        yield _attention(tensors, case.head_dim**-0.5, present)
+        yield _attention(tensors, operation.head_dim**-0.5, present)
         return
-    if case.op in ROWWISE:
-        yield from _rowwise(case, *tensors)
+    if operation.op in ROWWISE:
+        yield from _rowwise(operation, *tensors)
         return
-    slots, present = _slots(case.windows, tensors[0].device)
+    slots, present = _slots(operation.windows, tensors[0].device)
     gathered = [t[:, slots].flatten(0, 1) for t in tensors]  # (B·W, P, H, D)
     keys = present.repeat(tensors[0].shape[0], 1)[:, None, None]
-    out = _attention(gathered, case.head_dim**-0.5, keys)
+    out = _attention(gathered, operation.head_dim**-0.5, keys)
     out = out.unflatten(0, (tensors[0].shape[0], -1))[:, present]
     yield out[:, slots[present].argsort()]
 
 
 def _rowwise(
-    case: Case,
+    operation: Operation,
     x: Tensor,
     y: Tensor | None = None,
     gate: Tensor | None = None,
@@ -127,13 +129,13 @@ def _rowwise(
     if y is not None and gate is not None:
         x = x + gate[:, None] * y
         yield x
-    if "normed" in case.outputs:
+    if "normed" in operation.outputs:
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         if scale is not None and shift is not None:
             normed = normed * (1 + scale[:, None]) + shift[:, None]
         yield normed
-    if "means" in case.outputs:
-        slots, present = _slots(case.windows, x.device)
+    if "means" in operation.outputs:
+        slots, present = _slots(operation.windows, x.device)
         members = torch.where(present[..., None], x[:, slots], 0)
         yield members.sum(2) / present.sum(1)[:, None].to(x.dtype)
 

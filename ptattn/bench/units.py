@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def seconds(value: float) -> str:
-    """12.3 ms, 4.56 s, 123 s."""
+    """1.2 µs, 123 µs, 12.3 ms, 4.56 s, 123 s."""
+    if value < 0.9995e-3:
+        micro = value * 1e6
+        return f"{micro:.1f} µs" if micro < 99.95 else f"{micro:.0f} µs"
     return f"{digits(value * 1e3)} ms" if value < 0.9995 else f"{digits(value)} s"
 
 

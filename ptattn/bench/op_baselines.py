@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import baselines, op_parity
-from .baselines import FUSED, LAST_RESORT
-from .op_cases import DENSE, RESIDUAL, ROWWISE, WINDOWED, Case
+from . import baselines, op_gate
+from .baselines import KERNELS
+from .op_workloads import DENSE, RESIDUAL, ROWWISE, WINDOWED, Operation
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[tuple[Tensor, ...]], Outputs]
@@ -20,89 +20,88 @@ Call = Callable[[tuple[Tensor, ...]], Outputs]
 MOST_FLEX_TOKENS = 2**14
 
 
-def opponents(
-    case: Case, key_mask: Tensor | None, *, backend: str, compiled: bool
+def baselines_of(
+    operation: Operation, key_mask: Tensor | None, *, backend: str, compiled: bool
 ) -> Iterator[dict[str, Callable[[], Call]]]:
-    """Makers of the opponents by name; those of a later dict are tried if no earlier one runs.
+    """Makers of the baselines by name; those of a later dict are tried if no earlier one runs.
 
-    An opponent may refuse when it is made, or when it is called. `compiled` adds those that take
-    torch.compile's time. What `backend` itself does is no opponent of it.
+    One may refuse when it is made, or when it is called. `compiled` adds those that take
+    torch.compile's time. What `backend` itself does is no baseline of it.
     """
-    if case.op in ROWWISE:
+    if operation.op in ROWWISE:
         first: dict[str, Callable[[], Call]] = {}
-        if case.op in RESIDUAL:
-            first["eager"] = lambda: _eager(case)
+        if operation.op in RESIDUAL:
+            first["eager"] = lambda: _eager(operation)
         if backend != "sdpa":
-            first["torch"] = lambda: _rowwise(case)
+            first["torch"] = lambda: _rowwise(operation)
         if compiled:
-            first["torch.compile"] = lambda: _compiled_rowwise(case)
+            first["torch.compile"] = lambda: _compiled_rowwise(operation)
         yield first
         return
-    first = dict(_attentions(case, key_mask, FUSED, backend))
-    if compiled and backend != "sdpa" and case.op in WINDOWED:
-        first["flex"] = lambda: _flex(case)
-    yield first
-    yield dict(_attentions(case, key_mask, LAST_RESORT, backend))
+    fast, *others = (dict(_attentions(operation, key_mask, kinds, backend)) for kinds in KERNELS)
+    if compiled and backend != "sdpa" and operation.op in WINDOWED:
+        fast["flex"] = lambda: _flex(operation)
+    yield from (fast, *others)
 
 
-def _eager(case: Case) -> Call:
+def _eager(operation: Operation) -> Call:
     """One operation of torch after the other."""
-    return lambda tensors: tuple(op_parity.formula(case, tensors, None))
+    return lambda tensors: tuple(op_gate.formula(operation, tensors, None))
 
 
-def _rowwise(case: Case) -> Call:
-    return lambda tensors: case.call("sdpa", tensors, None)
+def _rowwise(operation: Operation) -> Call:
+    return lambda tensors: operation.call("sdpa", tensors, None)
 
 
-def _compiled_rowwise(case: Case) -> Call:
+def _compiled_rowwise(operation: Operation) -> Call:
     _keep_for_repeats()
-    compiled = torch.compile(_rowwise(case), dynamic=False)
+    compiled = torch.compile(_rowwise(operation), dynamic=False)
     return lambda tensors: compiled(tensors)
 
 
 def _attentions(
-    case: Case, key_mask: Tensor | None, kinds: dict[str, SDPBackend], backend: str
+    operation: Operation, key_mask: Tensor | None, kinds: dict[str, SDPBackend], backend: str
 ) -> Iterator[tuple[str, Callable[[], Call]]]:
     for name, kind in kinds.items():
         if backend != "sdpa":
-            yield f"sdpa {name}", partial(_sdpa, case, key_mask, kind)
-        if case.op in WINDOWED and (case.op == "shifted" or backend == "sdpa"):
-            yield f"roll-mask {name}", partial(_roll_mask, case, kind)
+            yield f"sdpa {name}", partial(_sdpa, operation, key_mask, kind)
+        if operation.op in WINDOWED and (operation.op == "shifted" or backend == "sdpa"):
+            yield f"roll-mask {name}", partial(_roll_mask, operation, kind)
 
 
-def _sdpa(case: Case, key_mask: Tensor | None, kind: SDPBackend) -> Call:
+def _sdpa(operation: Operation, key_mask: Tensor | None, kind: SDPBackend) -> Call:
     """ptattn's own portable backend; windows as slabs of equal ones, so without a mask."""
 
     def call(tensors: tuple[Tensor, ...]) -> Outputs:
         with sdpa_kernel(kind):
-            return case.call("sdpa", tensors, key_mask if case.op in DENSE else None)
+            return operation.call("sdpa", tensors, key_mask if operation.op in DENSE else None)
 
     return call
 
 
-def _roll_mask(case: Case, kind: SDPBackend) -> Call:
+def _roll_mask(operation: Operation, kind: SDPBackend) -> Call:
     masks: list[Tensor] = []
 
     def call(tensors: tuple[Tensor, ...]) -> Outputs:
-        if not masks and case.op == "shifted":
+        if not masks and operation.op == "shifted":
             q = tensors[0]
-            masks.append(baselines.region_mask(case.windows, q.dtype).to(q.device))
+            masks.append(baselines.region_mask(operation.windows, q.dtype).to(q.device))
         with sdpa_kernel(kind):
             mask = masks[0] if masks else None
             q, k, v = tensors
-            return (baselines.roll_mask_attention(q, k, v, case.windows, mask),)
+            return (baselines.roll_mask_attention(q, k, v, operation.windows, mask),)
 
     return call
 
 
-def _flex(case: Case) -> Call:
+def _flex(operation: Operation) -> Call:
     """On the tokens in raster order: a block mask says which blocks of them share windows."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    n = case.queries
+    n = operation.queries
     if n > MOST_FLEX_TOKENS:
         raise ValueError(f"its block mask of {n} tokens would look at {n**2:.0e} pairs")
-    ids = case.windows.window_ids("cuda")
+    ids = operation.windows.window_ids("cuda")
 
     def same_window(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return ids[query] == ids[key]

@@ -1,7 +1,8 @@
-"""What is compared: models at sizes, and the blocks that have to be measured for them."""
+"""What is measured: models at sizes, and the blocks of these models."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -11,17 +12,30 @@ import torch
 
 from .. import flops
 from ..geometry import Triple
-from ..models import DiT, ModelConfig, PixArt, PTDiT, create_model, find_model, get_config
+from ..models import (
+    DiT,
+    ModelConfig,
+    PixArt,
+    PTDiT,
+    create_model,
+    find_model,
+    get_config,
+    list_models,
+)
 
 TEXT_TOKENS = 120
 MODELS = ("pt-dit-xl", "dit-xl", "pixart-alpha", "pt-dit-l")
 SIZES = (256, 512, 1024, 2048)  # image pixels a side
 VIDEOS = ((48, 256), (48, 512))  # latent frames, pixels a side
+# The paper's figures: B, L, XL and H beside the models of their width or number of parameters.
+FIGURES = ("pt-dit-b", "dit-b", "pt-dit-l", "pt-dit-xl", "pixart-alpha", "dit-xl", "pt-dit-h")
 
 # A multiply-add of attention products takes about as long as three of a linear layer.
 PRODUCT_COST = 3
 # Tensors of (N, D) alive at once in a block's forward, most of them the MLP's hidden layer, twice.
 LIVE_TENSORS = 20
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _FAMILIES = {PTDiT: "PT-DiT", DiT: "DiT", PixArt: "PixArt"}
 _NAMES = {
@@ -40,6 +54,16 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How blocks and models are measured."""
+
+    device: str = "cpu"  # or "cuda"
+    dtype: str = "bf16"
+    backend: str = "auto"  # of PT-DiT's attention
+    threads: int = 1
+
+
+@dataclass(frozen=True)
 class Size:
     """A square image, or a video of `frames` latent frames, `side` pixels wide and high."""
 
@@ -48,6 +72,11 @@ class Size:
 
     def __str__(self) -> str:
         return f"{self.side} px" if self.frames == 1 else f"{self.frames}×{self.side} px"
+
+
+FIGURE_SIZES = tuple(map(Size, (256, 512, 1024, 2048))) + tuple(
+    Size(side, 48) for side in (256, 512, 1024)
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +94,20 @@ class Block:
     @property
     def tokens(self) -> int:
         return math.prod(self.grid)
+
+    def corner(self, most: int) -> Block:
+        """The same block, its windows too, on a grid of at most `most` tokens, if such a one has
+        two windows on every axis that has more."""
+        grid, window = list(self.grid), [1, 1, 1]
+        if self.family == "PT-DiT":
+            window = list(self.config.window_grids(self.grid)[1].window)
+        while math.prod(grid) > most:
+            windows = [n / p for n, p in zip(grid, window, strict=True)]
+            axis = windows.index(max(windows))
+            if windows[axis] <= 2:
+                break
+            grid[axis] = -(-grid[axis] // 2)
+        return dataclasses.replace(self, grid=(grid[0], grid[1], grid[2]))
 
     def memory(self, dtype: torch.dtype, backend: str) -> int:
         """About how many bytes measuring it takes: weights (at most 24·D²) and activations."""
@@ -137,3 +180,28 @@ def _block(model: str, size: Size) -> Block:
 def _parameters(model: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in create_model(model).parameters())
+
+
+def image(text: str) -> Size:
+    """Of an argument such as "512"."""
+    return _size(text, text, "1")
+
+
+def video(text: str) -> Size:
+    """Of an argument such as "48x512", latent frames and pixels a side."""
+    frames, _, side = text.partition("x")
+    return _size(text, side, frames)
+
+
+def image_or_video(text: str) -> Size:
+    return video(text) if "x" in text else image(text)
+
+
+def _size(text: str, side: str, frames: str) -> Size:
+    # Pixels a side per token, the same for every published model.
+    (step,) = {flops.VAE_FACTOR * get_config(name).patch_size for name in list_models()}
+    if not (side.isdecimal() and frames.isdecimal() and int(frames) and int(side)):
+        raise argparse.ArgumentTypeError(f"expected positive integers; got {text!r}")
+    if int(side) % step:
+        raise argparse.ArgumentTypeError(f"expected a multiple of {step} pixels; got {text!r}")
+    return Size(int(side), int(frames))
