@@ -25,13 +25,14 @@ class Column(NamedTuple):
     show: Callable[[Line], str]
     left: bool = False  # aligned
     narrow: bool = True  # shown on a narrow terminal too
+    wide: bool = True  # and on a wide one
 
 
 class Section(NamedTuple):
     title: str
     lines: list[Line]
     columns: list[Column]
-    apart: Callable[[Row], object]  # lines of which this differs stand apart
+    apart: Callable[[Row], str]  # lines of which this differs stand apart
 
 
 TITLES = {
@@ -59,14 +60,13 @@ def markdown(result: Result, notes: Sequence[str] = ()) -> str:
     parts = [f"# {_title(result)}", f"{result.machine}.\nMade by `{result.command}`{took}."]
     parts += notes or ([ceilings(result), TIMED] if result.rates else [])
     for section in _sections(result):
-        titles = [column.title for column in section.columns]
-        marks = ["---" if column.left else "---:" for column in section.columns]
-        body = [[column.show(line) for column in section.columns] for line in section.lines]
+        columns = [column for column in section.columns if column.wide]
+        titles = [column.title for column in columns]
+        marks = ["---" if column.left else "---:" for column in columns]
+        body = [[column.show(line) for column in columns] for line in section.lines]
         lines = "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, marks, *body))
         parts += [f"## {section.title}"] if section.title else []
-        parts += [lines]
-        shown = [column.title for column in section.columns]
-        parts += _listed("Columns", _notes(result, shown))
+        parts += [lines, *_listed("Columns", _notes(result, titles))]
     parts += _listed("Left out", results.omissions(result.rows))
     parts += _listed("Findings", result.findings)
     return "\n\n".join([*parts, f"Rows: {results.summary(result.rows)}."]) + "\n"
@@ -96,14 +96,14 @@ def show(result: Result, console: Console, notes: Sequence[str] = ()) -> None:
     if notes or result.rates:
         say("\n".join(notes) or ceilings(result))
     for section in _sections(result):
+        columns = [column for column in section.columns if column.wide]
         unlimited = console.options.update(max_width=1000)
-        if Measurement.get(console, unlimited, _table(section)).maximum > console.width:
-            narrow = [column for column in section.columns if column.narrow]
-            section = section._replace(columns=narrow)
+        if Measurement.get(console, unlimited, _table(section, columns)).maximum > console.width:
+            columns = [column for column in section.columns if column.narrow]
         if section.title:
             say(f"\n{section.title}")
-        console.print(_table(section))
-        listed("Columns", _notes(result, [column.title for column in section.columns]))
+        console.print(_table(section, columns))
+        listed("Columns", _notes(result, [column.title for column in columns]))
     listed("Left out", results.omissions(result.rows))
     listed("Findings", result.findings)
 
@@ -165,7 +165,7 @@ def _sections(result: Result) -> list[Section]:
             columns = _operations(lines, group) if kind is None else _models(lines, group)
             used = [c for c in columns if any(c.show(line) for line in lines)]
             several = len(lines) > len(groups(rows))  # else they would only take space
-            place = (lambda row: (row.workload, row.task)) if several else (lambda row: "")
+            place = (lambda row: f"{row.workload}, {row.task}") if several else (lambda row: "")
             found.append(Section(title, lines, used, place))
     return found
 
@@ -202,25 +202,29 @@ def _operations(lines: Sequence[Line], group: Groups) -> list[Column]:
 
 def _models(lines: Sequence[Line], group: Groups) -> list[Column]:
     predicted = any(row.status == PREDICTED for line in lines for row in line)
+    room = len(_modes(lines)) == 1
+    floors = [Column("Floor", _floor, narrow=False), Column("Of floor", _share, narrow=room)]
     return [
-        Column("Workload", lambda line: line[0].workload, left=True),
-        Column("Task", lambda line: line[0].task, left=True),
+        Column("Workload", lambda line: line[0].workload, left=True, narrow=False),
+        Column("Task", lambda line: line[0].task, left=True, narrow=False),
         Column("Model", lambda line: line[0].name, left=True),
         *_times(lines, "Time"),
         Column("Tokens/s", _tokens_per_second, narrow=False),
-        Column("Memory", lambda line: _peak(line), narrow=False),
-        *([] if predicted else [Column("Floor", _floor, narrow=False), Column("Of floor", _share)]),
+        Column("Memory", _peak, narrow=False),
+        *([] if predicted else floors),
         Column("Error", lambda line: _known("{:.1e}", _worst(line)), narrow=False),
         *_speedups(lines, group),
     ]
 
 
 def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
+    room = len(_modes(lines)) == 1
+
     def fact(name: str, show: Callable[[float], str]) -> Callable[[Line], str]:
         return lambda line: show(line[0].facts[name])
 
     def block(line: Line) -> str:
-        return units.seconds(line[0].seconds) if line[0].seconds else line[0].status
+        return units.seconds(line[0].seconds) if line[0].seconds else "skipped"
 
     def least(line: Line) -> str:
         return units.seconds(line[0].timing.least) if line[0].timing else ""
@@ -234,12 +238,12 @@ def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
         Column("Model", lambda line: line[0].model, left=True),
         Column("Parameters", fact("parameters", lambda n: f"{n / 1e6:,.0f} M"), narrow=False),
         Column("GMACs (paper)", fact("macs_paper", units.giga), narrow=False),
-        Column("GMACs (full)", fact("macs", units.giga)),
+        Column("GMACs (full)", fact("macs", units.giga), narrow=room),
         Column("Block", block),
         *_times(lines, "")[1:],
         Column("Fastest", least, narrow=False),
         Column("All blocks", extrapolated, narrow=False),
-        Column("Memory", _peak),
+        Column("Memory", _peak, narrow=room),
         *_speedups(lines, group),
     ]
 
@@ -249,7 +253,7 @@ def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
 
 def _times(lines: Sequence[Line], alone: str) -> list[Column]:
     """A column per mode, of the title `alone` where there is but one; the first with quantiles."""
-    modes = [mode for mode in MODES if any(row.mode == mode for line in lines for row in line)]
+    modes = _modes(lines)
 
     def median(mode: str) -> Callable[[Line], str]:
         return lambda line: next(
@@ -260,6 +264,10 @@ def _times(lines: Sequence[Line], alone: str) -> list[Column]:
     if alone:
         found.insert(1, Column("20–80 %", _quantiles, narrow=False))
     return found
+
+
+def _modes(lines: Sequence[Line]) -> list[str]:
+    return [mode for mode in MODES if any(row.mode == mode for line in lines for row in line)]
 
 
 def _quantiles(line: Line) -> str:
@@ -276,16 +284,22 @@ def _speedups(lines: Sequence[Line], group: Groups) -> list[Column]:
     )  # fmt: skip
     own = {row.model for line in lines for row in line if not row.baseline}
 
-    def over(model: str) -> Column:
-        def show(line: Line) -> str:
-            ratios = [
-                results.speedup(row, group.get((row.workload, row.task), ()), model) for row in line
-            ]
-            return " / ".join(units.ratio(ratio) for ratio in ratios if ratio is not None)
+    def over(model: str, line: Line) -> list[float]:
+        ratios = [results.speedup(r, group.get((r.workload, r.task), ()), model) for r in line]
+        return [ratio for ratio in ratios if ratio is not None]
 
-        return Column(f"vs {model}", show)
+    def of_all(model: str) -> Callable[[Line], str]:
+        return lambda line: " / ".join(map(units.ratio, over(model, line)))
 
-    return [over(model) for model in models if model not in own]
+    def of_last(model: str) -> Callable[[Line], str]:
+        return lambda line: "".join(map(units.ratio, over(model, line)[-1:]))
+
+    columns = []
+    for model in models:
+        if model not in own:
+            columns.append(Column(f"vs {model}", of_all(model), narrow=False))
+            columns.append(Column(f"vs {model}", of_last(model), wide=False))
+    return columns
 
 
 def _best(line: Line) -> Row:
@@ -344,15 +358,19 @@ def _memory(rows: Sequence[Row]) -> Section:
     return Section(title, lines, columns, lambda row: "")
 
 
-def _table(section: Section) -> Table:
+def _table(section: Section, columns: Sequence[Column]) -> Table:
+    """A narrow one of models has their workload and task in a line of its own."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in section.columns:
+    for column in columns:
         wrap = column.title.startswith("vs ")
         table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not wrap)
-    place = None
+    place = ""
     for line in section.lines:
-        if place not in (None, section.apart(line[0])):
-            table.add_section()
-        place = section.apart(line[0])
-        table.add_row(*(column.show(line) for column in section.columns))
+        if place != section.apart(line[0]):
+            if place:
+                table.add_section()
+            place = section.apart(line[0])
+            if columns[0].title == "Model" and section.columns[0].title == "Workload":
+                table.add_row(place)
+        table.add_row(*(column.show(line) for column in columns))
     return table
