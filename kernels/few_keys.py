@@ -83,7 +83,7 @@ def few_keys_forward(
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, present[None, :], 1)
+        p, total = softmax(s, present[None, :])
         o0, o1 = product(p, v0, v1, D1, PRECISION)
         o0, o1 = o0 / total[:, None], o1 / total[:, None]
         store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
@@ -128,13 +128,13 @@ def few_keys_backward(
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
         # A query past the last has q = 0 and g = 0, and adds nothing to dk and dv.
         s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, present[None, :], 1)
+        p, total = softmax(s, present[None, :])
         p *= (1.0 / total)[:, None]
         if NEED_V:
             dv0, dv1 = accumulate(tl.trans(p), g0, g1, dv0, dv1, D1, PRECISION)
         if NEED_Q or NEED_K:
             dp = outer(g0, g1, v0, v1, D1, PRECISION)
-            ds = softmax_gradient(p, dp, 1) * scale
+            ds = softmax_gradient(p, dp) * scale
             if NEED_Q:
                 x0, x1 = product(ds, k0, k1, D1, PRECISION)
                 # By the tile's first row and rows from 0 on, which takes fewer registers.
