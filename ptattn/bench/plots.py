@@ -30,14 +30,18 @@ Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
 def draw(result: Result) -> list[tuple[str, str, bytes]]:
     """Caption, file and picture of each; none where there is nothing to draw."""
     if result.kind == memory.KIND:
-        caption, picture = "Peak memory of training against frames", peaks(result)
+        found = [("Peak memory of training against frames", peaks(result))]
     else:
-        caption, picture = "Forward time against tokens", times(result)
-    name = "latency.png" if result.kind == "compare" else f"{result.kind}.png"
-    found = [] if picture is None else [(caption, name, picture)]
-    if result.kind == "compare" and (counts := multiply_adds(result)):
-        found.insert(0, ("Multiply-adds against tokens", "gflops.png", counts))
-    return found
+        found = [("Forward time against tokens", times(result))]
+    if result.kind == "compare":
+        found.insert(0, ("Multiply-adds against tokens", multiply_adds(result)))
+    named = zip(found, names(result.kind), strict=True)
+    return [(caption, name, picture) for (caption, picture), name in named if picture]
+
+
+def names(kind: str) -> Sequence[str]:
+    """The files of all pictures that a result of this kind can have."""
+    return ("gflops.png", "latency.png") if kind == "compare" else (f"{kind}.png",)
 
 
 # Images at batch 1.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from .. import files
@@ -76,9 +75,9 @@ def _write(done: Result, out: Path, notes: Sequence[str]) -> str:
     for caption, name, picture in pictures:
         text += f"\n![{caption}]({name})\n"
         files.write(picture, out / name)
-    if not pictures:  # that of an earlier run would contradict the table
-        with suppress(FileNotFoundError):
-            (out / f"{done.kind}.png").unlink()
+    drawn = {name for _, name, _ in pictures}
+    for name in set(plots.names(done.kind)) - drawn:  # an earlier run's contradicts the table
+        (out / name).unlink(missing_ok=True)
     files.write(done.to_json(), out / f"{done.kind}.json")
     files.write(text, out / f"{done.kind}.md")
     names = [f"{done.kind}.json", f"{done.kind}.md", *(name for _, name, _ in pictures)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,6 +178,7 @@ def _block(model: str, size: Size) -> Block:
     return Block(_FAMILIES[family], config, grid)
 
 
+@functools.cache
 def _parameters(model: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in create_model(model).parameters())
