@@ -1,0 +1,202 @@
+"""One workload after another: time limits, memory, what dies or hangs, Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ptattn.bench import harness, isolation
+from ptattn.bench.clocks import WallClock
+from ptattn.bench.harness import Bench, Isolated, Pace
+from ptattn.bench.results import ERROR, NOT_REACHED, OK, SKIPPED, Row
+from ptattn.bench.workloads import Settings
+from tests.support.measured import Watch, bench, timed, workload
+
+DEADLY = {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL), "hangs": lambda: time.sleep(600)}
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A workload that takes a second for each of `cost`, or ends otherwise; no time passes."""
+
+    name: str = "fine"
+    cost: float = 1.0
+    memory: int = 0
+    family: str = "fake"
+    checks: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def measure(self, bench: Bench) -> list[Row]:
+        if self.name == "errs":
+            raise RuntimeError("no luck\nwith details")
+        if self.name == "interrupted":
+            raise KeyboardInterrupt
+        DEADLY.get(self.name, bool)()
+        return [timed(self.cost, workload=self.name)]
+
+    def blank(self, status: str, note: str = "") -> list[Row]:
+        row = timed(self.cost, workload=self.name, status=status, note=note)
+        return [dataclasses.replace(row, timing=None)]
+
+
+def measure(*workloads: Any, run: harness.Run | None = None, **known: Any) -> list[Row]:
+    found = harness.measure(workloads, bench(**known), Watch(), run)
+    return [row for rows in found for row in rows]
+
+
+# Time.
+
+
+def in_seconds(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
+def test_what_would_end_after_the_deadline_is_not_begun() -> None:
+    rows = measure(Fake(), Fake(cost=100.0), Fake(cost=2.0), deadline=in_seconds(30.5), calls=(2, 20))
+    assert [row.status for row in rows] == [OK, NOT_REACHED, OK]  # a later one may fit
+    assert rows[1].note == "predicted 200 s, 30 s of it left"
+    rows = measure(Fake(), Fake(), deadline=in_seconds(-1.0))
+    assert [(row.status, row.note) for row in rows] == [(NOT_REACHED, "the budget is used up")] * 2
+
+
+def test_the_pace_is_that_of_the_family_s_last_workload() -> None:
+    pace, known = Pace(), bench(calls=(5, 100))
+    assert pace.expected(Fake(), known) == 0.0  # of the first nothing is known
+    pace.learn(Fake(cost=2.0), [timed(0.01), timed(0.03)])
+    assert pace.expected(Fake(cost=4.0), known) == pytest.approx(5 * 0.08)
+    assert pace.expected(Fake(cost=4.0, checks=6), known) == pytest.approx(11 * 0.08)
+    assert pace.expected(Fake(cost=100.0), known) == pytest.approx(3 * 2.0)  # long: fewer calls
+    filled = dataclasses.replace(known, seconds=3.0)
+    assert pace.expected(Fake(cost=4.0), filled) == pytest.approx(3.0)  # calls to fill the time
+    other = Fake(family="other")
+    assert pace.expected(other, known) == pytest.approx(5 * 0.02)  # for want of its own
+    pace.learn(other, [timed(1.0)])
+    pace.learn(other, Fake().blank(ERROR))  # of what did not run nothing is learnt
+    assert pace.expected(Fake(), known) == pytest.approx(5 * 0.02)
+    assert pace.expected(other, known) == pytest.approx(5.0)
+    assert pace.expected(object(), known) == 0.0  # operations have no cost
+
+
+def test_the_time_left_is_that_of_all_that_follow() -> None:
+    watch = Watch()
+    for _ in harness.measure([Fake(), Fake(), Fake(cost=2.0)], bench(calls=(1, 1)), watch):
+        pass
+    assert watch.left == [0.0, 3.0, 2.0]
+    for _ in harness.measure([Fake(), Fake()], bench(deadline=in_seconds(0.5)), watch):
+        pass
+    assert watch.left[-1] <= 0.5
+
+
+# Memory and errors.
+
+
+def test_what_exceeds_the_memory_is_skipped() -> None:
+    small, large = (workload("block", "forward", "dit-s", side=side) for side in (32, 1024))
+    between = (small.memory + large.memory) // 2
+    rows = measure(small, large, free_memory=lambda device: between)
+    assert rows[0].timing
+    assert rows[-1].status == SKIPPED
+    needed = f"needs about {large.memory / 1e9:.3g} GB of memory, {between / 1e9:.3g} GB available"
+    assert rows[-1].note == needed
+
+
+def test_what_runs_out_of_memory_or_errs_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("tried to allocate\nso much")
+
+    monkeypatch.setitem(DEADLY, "grows", full)
+    rows = measure(Fake("errs"), Fake("grows"), Fake())
+    assert [(row.status, row.note) for row in rows] == [
+        (ERROR, "RuntimeError: no luck"),
+        (SKIPPED, "out of memory: OutOfMemoryError: tried to allocate"),
+        (OK, ""),
+    ]
+
+
+def test_any_number_of_workloads_compiles() -> None:
+    """Three implementations of each share their code, of which torch keeps few graphs."""
+
+    class Compiling(Fake):
+        def measure(self, bench: Bench) -> list[Row]:
+            for times in range(3):
+                call = torch.compile(partial(torch.mul, times), backend="eager", fullgraph=True)
+                call(torch.ones(int(self.cost)))
+            return super().measure(bench)
+
+    rows = measure(*(Compiling(cost=size) for size in range(1, 13)), compiled=True)
+    assert [(row.status, row.note) for row in rows] == [(OK, "")] * 12
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_interrupt_names_what_it_kept_from_being_measured(after: int) -> None:
+    found: list[Row] = []
+    workloads = [Fake()] * after + [Fake("interrupted"), Fake()]
+    with pytest.raises(KeyboardInterrupt):
+        for rows in harness.measure(workloads, bench(), Watch()):
+            found += rows
+    assert [row.status for row in found] == [OK] * after + [NOT_REACHED] * 2
+    assert {row.note for row in found[after:]} == {"interrupted"}
+
+
+# A child process.
+
+
+@pytest.fixture
+def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Isolated]:
+    """A child by fork, which starts at once; `ptattn compare` starts it afresh (test_cli)."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(isolation.multiprocessing, "get_context", lambda how: fork)
+    monkeypatch.setattr(harness, "GRACE", 0.3)
+    found = Isolated(Settings(threads=1), lambda settings: bench(clock=WallClock()))
+    yield found
+    found.close()
+
+
+def test_what_dies_costs_itself_alone(isolated: Isolated) -> None:
+    rows = measure(Fake("dies"), Fake(), Fake("errs"), Fake(), run=isolated)
+    assert [row.status for row in rows] == [SKIPPED, OK, ERROR, OK]
+    killed = "the measuring process was ended by SIGKILL, most likely out of memory"
+    assert rows[0].note == killed
+    assert rows[2].note == "RuntimeError: no luck"
+
+
+def test_what_hangs_is_stopped(isolated: Isolated) -> None:
+    rows = measure(Fake("hangs"), Fake(cost=0.0), run=isolated, deadline=in_seconds(0.2))
+    assert (rows[0].status, rows[0].note) == (SKIPPED, "stopped after 0 s")
+
+
+def test_a_child_that_dies_idle_is_reported_and_replaced(isolated: Isolated) -> None:
+    child = isolated.start()._process
+    os.kill(child.pid or 0, signal.SIGKILL)
+    child.join()
+    rows = measure(Fake(), Fake(), run=isolated)
+    assert [row.status for row in rows] == [SKIPPED, OK]
+    assert "SIGKILL" in rows[0].note
+
+
+def test_a_child_whose_peak_of_memory_cannot_be_reset_serves_once(
+    isolated: Isolated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation.peaks, "reset", lambda: False)
+    children: list[int | None] = []
+
+    def run(workload: Any, known: Bench) -> list[Row]:
+        children.append(isolated.start()._process.pid)
+        return isolated(workload, known)
+
+    assert [row.status for row in measure(Fake(), Fake(), run=run)] == [OK, OK]
+    assert children[0] != children[1]
