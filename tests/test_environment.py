@@ -1,4 +1,4 @@
-"""What a measurement ran on; the dtype that multiplies faster; files that are never half written."""
+"""What a measurement ran on, the dtype that multiplies faster, files never half written."""
 
 import argparse
 import json

@@ -112,7 +112,9 @@ def run(options: argparse.Namespace, typed: str) -> int:
     planned = stages(options.quantize)
     if options.plan:
         return _show(planned, options.budget)
-    require("rich", "matplotlib", *(["torchao"] if options.quantize else []))
+    require("rich", "matplotlib")
+    if options.quantize:
+        require("torchao", by="torchao")
     if not torch.cuda.is_available():
         raise UsageError(
             "a CUDA GPU is needed, and torch finds none; --plan shows what it would do"

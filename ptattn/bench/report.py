@@ -47,8 +47,7 @@ def carry_out(
     finally:
         done.seconds = time.monotonic() - begin
         done.findings = findings.sentences(done)
-        known = any(row.timing or row.peak for row in done.rows)
-        names = _write(done, out, notes) if known or not done.interrupted else ""
+        names = _write(done, out, notes) if _found(done) or not done.interrupted else ""
     if not names:
         return 130
     tables.show(done, console(), notes)
@@ -64,9 +63,13 @@ def _written_now_and_then(
     for rows in found:
         done.rows += rows
         yield rows
-        if time.monotonic() - written > WRITE_EVERY:
+        if _found(done) and time.monotonic() - written > WRITE_EVERY:
             _write(done, out, notes)
             written = time.monotonic()
+
+
+def _found(done: Result) -> bool:
+    return any(row.timing or row.peak for row in done.rows)
 
 
 def _write(done: Result, out: Path, notes: Sequence[str]) -> str:

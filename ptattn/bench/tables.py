@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from rich import box
@@ -20,6 +21,9 @@ Line = list[Row]
 MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
 
 
+MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
+
+
 class Column(NamedTuple):
     title: str
     show: Callable[[Line], str]
@@ -31,7 +35,8 @@ class Section(NamedTuple):
     title: str
     lines: list[Line]
     columns: list[Column]
-    apart: Callable[[Row], object]  # lines of which this differs stand apart
+    apart: Callable[[Row], str]  # lines of which this differs stand apart
+    narrow: bool = False  # what stands apart has a line of its own, in place of columns
 
 
 TITLES = {
@@ -99,7 +104,7 @@ def show(result: Result, console: Console, notes: Sequence[str] = ()) -> None:
         unlimited = console.options.update(max_width=1000)
         if Measurement.get(console, unlimited, _table(section)).maximum > console.width:
             narrow = [column for column in section.columns if column.narrow]
-            section = section._replace(columns=narrow)
+            section = section._replace(columns=narrow, narrow=True)
         if section.title:
             say(f"\n{section.title}")
         console.print(_table(section))
@@ -162,10 +167,10 @@ def _sections(result: Result) -> list[Section]:
             rows = [row for row in rows if not row.baseline]
         if rows:
             lines = _lines(rows)
-            columns = _operations(lines, group) if kind is None else _models(lines, group)
-            used = [c for c in columns if any(c.show(line) for line in lines)]
             several = len(lines) > len(groups(rows))  # else they would only take space
-            place = (lambda row: (row.workload, row.task)) if several else (lambda row: "")
+            place = (lambda row: f"{row.workload}, {row.task}") if several else (lambda row: "")
+            columns = (_operations if kind is None else partial(_models, several))(lines, group)
+            used = [c for c in columns if any(c.show(line) for line in lines)]
             found.append(Section(title, lines, used, place))
     return found
 
@@ -200,16 +205,19 @@ def _operations(lines: Sequence[Line], group: Groups) -> list[Column]:
     ]
 
 
-def _models(lines: Sequence[Line], group: Groups) -> list[Column]:
+def _models(several: bool, lines: Sequence[Line], group: Groups) -> list[Column]:
+    """`several` implementations of each workload and task."""
     predicted = any(row.status == PREDICTED for line in lines for row in line)
+    times = _times(lines, "Time")
     return [
-        Column("Workload", lambda line: line[0].workload, left=True),
-        Column("Task", lambda line: line[0].task, left=True),
+        Column("Workload", lambda line: line[0].workload, left=True, narrow=not several),
+        Column("Task", lambda line: line[0].task, left=True, narrow=not several),
         Column("Model", lambda line: line[0].name, left=True),
-        *_times(lines, "Time"),
+        *times,
         Column("Tokens/s", _tokens_per_second, narrow=False),
         Column("Memory", lambda line: _peak(line), narrow=False),
-        *([] if predicted else [Column("Floor", _floor, narrow=False), Column("Of floor", _share)]),
+        *([] if predicted else [Column("Floor", _floor, narrow=False)]),
+        *([] if predicted else [Column("Of floor", _share, narrow=len(times) < 3)]),
         Column("Error", lambda line: _known("{:.1e}", _worst(line)), narrow=False),
         *_speedups(lines, group),
     ]
@@ -345,14 +353,21 @@ def _memory(rows: Sequence[Row]) -> Section:
 
 
 def _table(section: Section) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=section.narrow)
     for column in section.columns:
-        wrap = column.title.startswith("vs ")
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not wrap)
-    place = None
+        speedup = column.title.startswith("vs ")
+        table.add_column(
+            column.title, justify="left" if column.left else "right", overflow="fold",
+            no_wrap=not (column.left or speedup),
+            max_width=MOST_WIDE if speedup and section.narrow else None,
+        )  # fmt: skip
+    place = ""
     for line in section.lines:
-        if place not in (None, section.apart(line[0])):
-            table.add_section()
-        place = section.apart(line[0])
+        before, place = place, section.apart(line[0])
+        if place != before:
+            if before:
+                table.add_section()
+            if section.narrow and section.columns[0].title == "Model":
+                table.add_row(place)
         table.add_row(*(column.show(line) for column in section.columns))
     return table

@@ -64,7 +64,9 @@ def in_seconds(seconds: float) -> float:
 
 
 def test_what_would_end_after_the_deadline_is_not_begun() -> None:
-    rows = measure(Fake(), Fake(cost=100.0), Fake(cost=2.0), deadline=in_seconds(30.5), calls=(2, 20))
+    rows = measure(
+        Fake(), Fake(cost=100.0), Fake(cost=2.0), deadline=in_seconds(30.5), calls=(2, 20)
+    )
     assert [row.status for row in rows] == [OK, NOT_REACHED, OK]  # a later one may fit
     assert rows[1].note == "predicted 200 s, 30 s of it left"
     rows = measure(Fake(), Fake(), deadline=in_seconds(-1.0))
@@ -145,9 +147,9 @@ def test_any_number_of_workloads_compiles() -> None:
 def test_interrupt_names_what_it_kept_from_being_measured(after: int) -> None:
     found: list[Row] = []
     workloads = [Fake()] * after + [Fake("interrupted"), Fake()]
+    measuring = harness.measure(workloads, bench(), Watch())
     with pytest.raises(KeyboardInterrupt):
-        for rows in harness.measure(workloads, bench(), Watch()):
-            found += rows
+        found.extend(row for rows in measuring for row in rows)
     assert [row.status for row in found] == [OK] * after + [NOT_REACHED] * 2
     assert {row.note for row in found[after:]} == {"interrupted"}
 

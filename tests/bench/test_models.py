@@ -54,7 +54,9 @@ def test_one_implementation_of_every_family_on_its_grid_s_corner(model: str, bac
     (entry,) = plan([model], [size])
     one = ModelWorkload("block", size, (entry,), settings, one=True, checked=1024)
     (row,) = one.measure(bench(rates=None))
-    assert (row.name, row.model, row.baseline) == (entry.name,) * 2 + (not entry.is_proxy_tokenized,)
+    assert (row.name, row.model, row.baseline) == (entry.name,) * 2 + (
+        not entry.is_proxy_tokenized,
+    )
     assert row.timing.calls == 2
     assert row.error < 1e-5
     assert row.floor is None

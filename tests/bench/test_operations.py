@@ -152,9 +152,7 @@ def test_a_failing_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ops, "window_attention", fail)
     rows = run(tiny("window"))
-    assert [(row.status, row.note) for row in rows] == [
-        (ERROR, "RuntimeError: no such kernel")
-    ] * 2
+    assert [(row.status, row.note) for row in rows] == [(ERROR, "RuntimeError: no such kernel")] * 2
     assert status(rows) == 1
 
 

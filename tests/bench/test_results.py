@@ -11,9 +11,7 @@ import pytest
 from ptattn.bench import results
 from ptattn.bench.results import COMPILED, EAGER, ERROR, FAILED, GPU_ALONE, GRAPH, NOT_REACHED, OK
 from ptattn.command_line import UsageError
-from tests.support.measured import compared, result, timed
-
-H200 = Path(__file__).parents[2] / "benchmarks/results/h200-2026-11-26"
+from tests.support.measured import H200, compared, result, timed
 
 
 def test_a_speed_up_is_over_the_fastest_baseline_of_the_mode() -> None:
@@ -92,13 +90,18 @@ def test_what_was_left_out_is_named_once_per_reason() -> None:
 
 
 def test_round_trip_of_a_result(tmp_path: Path) -> None:
-    path, whole = tmp_path / "block.json", result(timed(1.0), *compared({64: (1, 2)}, "dit-s", "dit-b"))
+    path, whole = (
+        tmp_path / "block.json",
+        result(timed(1.0), *compared({64: (1, 2)}, "dit-s", "dit-b")),
+    )
     path.write_text(whole.to_json())
     assert results.load(path) == whole
     assert json.loads(path.read_text())["schema"] == results.SCHEMA == "ptattn.bench/2"
 
 
-@pytest.mark.parametrize(("name", "mode", "rows"), [("ops", GPU_ALONE, 588), ("block", GPU_ALONE, 95)])
+@pytest.mark.parametrize(
+    ("name", "mode", "rows"), [("ops", GPU_ALONE, 588), ("block", GPU_ALONE, 95)]
+)
 def test_files_of_the_first_schema_are_read(name: str, mode: str, rows: int) -> None:
     """The H200's results of 2026-11-26, which knew the GPU's time alone."""
     path = H200 / f"{name}.json"

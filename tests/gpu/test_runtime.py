@@ -152,7 +152,9 @@ def test_means_past_2_31_elements(long_video, function):
     ],
 )
 def test_70000_batches_and_heads(op, grid, window):
-    case = op_workloads.Operation(op, "many", "samples", grid, window, heads=16, head_dim=16, batch=4375)
+    case = op_workloads.Operation(
+        op, "many", "samples", grid, window, heads=16, head_dim=16, batch=4375
+    )
     op_gate.check(case, case.inputs("cuda"))
 
 

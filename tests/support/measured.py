@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ptattn.bench.workloads import Settings, Size, plan
 RATES = Rates(copy=4.3e12, products=790e12, launch=2e-6)
 SETTINGS = Settings("cpu", "fp32", "sdpa")
 TINY = ("pt-dit-s-class", "dit-s")
+H200 = Path(__file__).parents[2] / "benchmarks/results/h200-2026-11-26"
 WIDE = ("pt-dit-xl", "dit-xl")  # of one width
 
 

@@ -1,0 +1,225 @@
+"""What is made of rows: findings, tables, plots, and the files that a run leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from matplotlib import image
+from rich.console import Console
+
+from ptattn.bench import findings, plots, report, results, tables, workloads
+from ptattn.bench.progress import Progress, line
+from ptattn.bench.results import COMPILED, EAGER, GRAPH, PREDICTED, SKIPPED, Result, Row
+from ptattn.bench.workloads import Size
+from tests.support.measured import H200, RATES, WIDE, compared, result, timed
+
+# Findings.
+
+
+def sentences(speeds: dict[int, tuple[float, ...]], *models: str) -> list[str]:
+    return findings.sentences(result(*compared(speeds, *models), kind="compare"))
+
+
+def test_findings_name_where_it_wins_and_where_it_loses() -> None:
+    won, lost, counts = sentences({256: (2, 1), 512: (2, 2.5), 1024: (2, 5)}, *WIDE)
+    assert won == (
+        "On this machine, at equal width (D = 1152) PT-DiT/XL is faster than DiT/XL "
+        "from 512 px (1,024 tokens) on (1.25× to 2.50×)."
+    )
+    assert lost == "PT-DiT/XL loses at 256 px (0.50× DiT/XL's speed)."
+    assert "PT-DiT/XL at 1024 px takes 0.87× and 1.19× of DiT/XL's multiply-adds" in counts
+
+
+@pytest.mark.parametrize(
+    ("speeds", "part"),
+    [
+        ({256: (2, 1), 512: (2, 1)}, "slower than DiT/XL at every size measured"),
+        ({256: (1, 2), 512: (1, 2)}, "faster than DiT/XL at every size measured (2.00×)"),
+        ({256: (1, 2), 512: (2, 1)}, "faster than DiT/XL at 256 px (2.00×)"),
+    ],
+)
+def test_findings_without_a_threshold(speeds: dict[int, tuple[float, ...]], part: str) -> None:
+    won, *others = sentences(speeds, *WIDE)
+    assert part in won
+    assert any("loses" in sentence for sentence in others) == ("every" not in won or "slow" in won)
+
+
+def test_findings_at_equal_parameters() -> None:
+    won, *_ = sentences({256: (1, 2)}, "pt-dit-l", "pixart-alpha")
+    assert "at equal parameters (within 10 %) PT-DiT/L is faster than PixArt-α at 256 px" in won
+
+
+def test_findings_say_nothing_of_what_was_not_measured() -> None:
+    rows = [dataclasses.replace(row, timing=None) for row in compared({256: (1, 2)}, *WIDE)]
+    (counts,) = findings.sentences(result(*rows, kind="compare"))
+    assert counts.startswith("The paper's count")
+    assert findings.sentences(result(*rows[1:], kind="compare")) == []
+    interpreted = result(*compared({256: (1, 2)}, *WIDE), kind="compare", backend="triton")
+    assert findings.sentences(interpreted)[0] == findings.INTERPRETED
+
+
+# Tables and plots.
+
+
+def default() -> Result:
+    """The default comparison with invented times; one workload skipped."""
+    costs = {
+        side: [e.cost / 1e11 for e in workloads.plan(workloads.MODELS, [Size(side)])]
+        for side in workloads.SIZES
+    }
+    rows = compared({side: tuple(own) for side, own in costs.items()}, *workloads.MODELS)
+    rows[-1] = dataclasses.replace(rows[-1], timing=None, status=SKIPPED, note="no time")
+    return result(*rows, kind="compare")
+
+
+def shown(done: Result, width: int) -> str:
+    text = io.StringIO()
+    tables.show(done, Console(file=text, width=width))
+    lines = text.getvalue().splitlines()[2:]  # below the title and the machine's line
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_table_fits_the_terminal(width: int) -> None:
+    text = shown(default(), width)
+    assert any("PT-DiT/XL" in line and "×" in line for line in text.splitlines())
+    assert ("All blocks" in text) == ("Parameters" in text) == (width == 160)
+    assert "PT-DiT/L skipped: block 2048 px b1 forward: no time" in text
+
+
+def in_modes(kind: str = "block") -> list[Row]:
+    """On a GPU: eager, compiled, and as a graph; the baseline is never compiled."""
+    found = []
+    for row in compared({256: (4.0, 2.0), 512: (4.0, 8.0)}, *WIDE):
+        for mode, share in ((EAGER, 1), (COMPILED, 0.5), (GRAPH, 0.25)):
+            if mode != COMPILED or not row.baseline:
+                timing = timed(row.seconds * share).timing
+                facts = row.facts | dict(kind=kind)
+                found.append(dataclasses.replace(row, timing=timing, mode=mode, facts=facts))
+    return found
+
+
+def test_a_column_and_a_speed_up_for_every_mode() -> None:
+    done = result(*in_modes())
+    done.rates.update(vars(RATES))
+    lines = [line.split("|") for line in tables.markdown(done).splitlines() if line[:1] == "|"]
+    titles, _, ours, theirs, *_ = ([cell.strip() for cell in cells] for cells in lines)
+    seen = dict(zip(titles, ours, strict=True))
+    assert [seen[name] for name in ("Eager", "Compiled", "CUDA graph")] == [
+        "4.00 s",
+        "2.00 s",
+        "1.00 s",
+    ]
+    assert seen["vs DiT/XL"] == "0.50× / 0.50×"  # eager, and as graphs
+    assert dict(zip(titles, theirs, strict=True))["Compiled"] == ""
+    assert "GPU alone" not in titles
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_tables_of_a_gpu_fit_the_terminal(width: int) -> None:
+    done = results.load(H200 / "block.json")
+    blocks = [row for row in done.rows if row.timing]
+    modes = (EAGER, COMPILED, GRAPH)
+    done.rows = [dataclasses.replace(row, mode=mode) for row in blocks for mode in modes]
+    done.rows += results.load(H200 / "ops.json").rows[:100]
+    text = shown(done, width)
+    for part in ("PT-DiT/XL", "roll-and-mask", "CUDA graph", "norm-pool XL"):
+        assert part in text
+
+
+def pixels(png: bytes | Path) -> tuple[int, ...]:
+    picture = image.imread(io.BytesIO(png) if isinstance(png, bytes) else png)
+    dark = (picture[..., :3].min(axis=-1) < 0.9).mean()
+    assert 0.005 < dark < 0.5  # neither empty nor black
+    return picture.shape[:2]
+
+
+def test_plots_of_a_comparison() -> None:
+    drawn = {name: png for _, name, png in plots.draw(default())}
+    assert list(drawn) == ["gflops.png", "latency.png"]
+    assert all(pixels(png)[0] > 700 for png in drawn.values())
+
+
+def test_plots_show_graphs_where_there_are_some() -> None:
+    rows = [row for row in in_modes() if row.model == "PT-DiT/XL"]
+    tokens = [256, 1024]
+    depth = 28 * 4.0
+    assert plots._points(rows, "PT-DiT/XL") == [(n, depth / 4) for n in tokens]
+    assert plots._points(rows, "PT-DiT/XL", EAGER) == [(n, depth) for n in tokens]
+    ((_, name, png),) = plots.draw(result(*in_modes()))
+    assert name == "block.png"
+    pixels(png)
+    assert plots.draw(result(*in_modes()[:5])) == []  # of one size no line can be drawn
+
+
+def test_crossover_is_between_the_sizes_that_enclose_it() -> None:
+    ((tokens, seconds),) = plots._crossings([(256, 2.0), (1024, 4.0)], [(256, 1.0), (1024, 8.0)])
+    assert tokens == 512
+    assert seconds == pytest.approx(8**0.5)
+
+
+def test_progress_says_what_came_of_a_row() -> None:
+    assert line(timed(0.0123, floor=0.00615)) == (
+        "block 256 px b1  forward  PT-DiT/B: eager 12.3 ms, 50% of floor"
+    )
+    assert line(timed(0.0123, status=PREDICTED)).endswith(": predicted 12.3 ms")
+    refused = dataclasses.replace(timed(1.0), timing=None, status=SKIPPED, note="no room")
+    assert line(refused).endswith("PT-DiT/B: skipped no room")
+
+
+# Files.
+
+
+def carry_out(out: Path, *found: list[Row], stop: bool = False) -> int:
+    def rows() -> Iterator[list[Row]]:
+        yield from found
+        if stop:
+            raise KeyboardInterrupt
+
+    return report.carry_out(result(kind="compare"), rows(), out, Progress(len(found)))
+
+
+def test_an_interrupted_run_keeps_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latency.png").write_text("of another run")
+    measured = compared({64: (1.0, 2.0)}, *WIDE)
+    assert carry_out(tmp_path, measured, stop=True) == 130
+    assert "(interrupted)" in capsys.readouterr().out
+    # A plot that would contradict the table is gone.
+    assert set(os.listdir(tmp_path)) == {"compare.json", "compare.md", "gflops.png"}
+
+
+@pytest.mark.parametrize("every", [report.WRITE_EVERY, 0.0])
+def test_before_the_first_time_an_interrupted_run_leaves_old_files_alone(
+    every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "WRITE_EVERY", every)
+    (tmp_path / "compare.json").write_text("mine")
+    skipped = [
+        dataclasses.replace(row, timing=None, peak=None) for row in compared({64: (1, 2)}, *WIDE)
+    ]
+    assert carry_out(tmp_path, skipped, stop=True) == 130
+    assert os.listdir(tmp_path) == ["compare.json"]
+    assert (tmp_path / "compare.json").read_text() == "mine"
+
+
+def test_files_are_written_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed leaves some."""
+    monkeypatch.setattr(report, "WRITE_EVERY", 0.0)
+    seen: list[bool] = []
+
+    class Looking(Progress):
+        def finish(self, rows: object) -> None:
+            seen.append((tmp_path / "compare.json").exists())
+
+    rows = [[row] for row in compared({64: (1.0, 2.0)}, *WIDE)]
+    assert report.carry_out(result(kind="compare"), rows, tmp_path, Looking(2)) == 0
+    assert seen == [False, True]
