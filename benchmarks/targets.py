@@ -1,205 +1,118 @@
-"""What the project wants to reach, and whether a result does."""
+"""What this project wants to reach on a GPU, and whether results do.
+
+    python -m benchmarks.targets RESULT.json ...
+
+The files are those of `ptattn bench`; of each target the last row that it concerns counts.
+"""
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from .floor import FORWARD, TRAINING
-from .memory import RECIPES
-from .model_run import YARDSTICK
-from .op_cases import WINDOWED
-from .result import OK, PREDICTED, Result, Row, fastest, groups
+from ptattn.bench import results
+from ptattn.bench.results import EAGER, GRAPH, Row
 
-# A floor below this is of the order of one launch, which no kernel can hide.
-LAUNCH_BOUND = 15e-6  # seconds
+IMAGE, LARGE_IMAGE, VIDEO = "1024 px w1x8x8", "2048 px w1x16x16", "video 512 px w4x4x4"
+XL, RIVAL = "PT-DiT/XL", "DiT/XL"
+# Of a row, given all rows of its workload and task.
+Value = Callable[[Row, Sequence[Row]], float | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """`value` of the rows that it `concerns`, given all rows of their case and task, is at most
-    `limit`, or at least, where `least`."""
-
+    workload: str
+    task: str
     name: str
-    kinds: tuple[str, ...]  # of results
-    device: str
-    concerns: Callable[[Row], bool]
-    value: Callable[[Row, Sequence[Row]], float | None]
+    modes: tuple[str, ...]
+    value: Value
+    show: str
     limit: float
-    least: bool = False
+    least: bool  # whether the limit is the least, not the most
 
     def met(self, value: float) -> bool:
         return value >= self.limit if self.least else value <= self.limit
 
 
-def verdicts(result: Result) -> list[str]:
-    """One line per target of this kind of result and device; of those that no row concerns, none.
-
-    Operations whose floor is of the order of one launch are not judged.
-    """
-    device = result.settings["device"]
-    own = [t for t in TARGETS if result.kind in t.kinds and t.device == device]
-    lines = [_verdict(target, result.rows) for target in own]
-    return [line for line in lines if line]
+def _operation(workload: str, task: str, value: Value, show: str, limit: float) -> Target:
+    modes = (results.GPU_ALONE,)
+    return Target(f"{workload} b1", task, "ptattn", modes, value, show, limit, show == SHARE)
 
 
-def _verdict(target: Target, rows: Sequence[Row]) -> str:
-    found: dict[str, float] = {}
-    predicted: dict[str, bool] = {}
-    for group in groups(rows).values():
-        for row in group:
-            if row.status in (OK, PREDICTED) and target.concerns(row):
-                value, name = target.value(row, group), f"{row.contender} {row.case}"
-                if value is not None:  # a measured one takes the place of its prediction
-                    found[name], predicted[name] = value, row.status == PREDICTED
-    if not found:
-        return ""
-    missed = {name: value for name, value in found.items() if not target.met(value)}
-    worst = "; ".join(f"{name}: {value:.3g}" for name, value in (missed or found).items())
-    if not missed and len(found) > 3:
-        worst = f"{len(found)} rows, {min(found.values()):.3g} to {max(found.values()):.3g}"
-    head = ("predicted " if any(predicted.values()) else "") + ("NOT MET" if missed else "met")
-    return f"{head}: {target.name} ({worst})"
+def _speed(size: str, limit: float, name: str = XL) -> Target:
+    return Target(f"model {size} b1", "forward", name, (GRAPH,), _faster, SPEED, limit, True)
 
 
-def _over_floor(row: Row, group: Sequence[Row]) -> float | None:
-    bound = row.facts.get("op") is not None and (row.floor or 0) < LAUNCH_BOUND
-    return None if bound or not row.share else 1 / row.share
+def _over_floor(task: str, limit: float) -> Target:
+    modes = (GRAPH, EAGER)
+    return Target("block 2048 px b1", task, XL, modes, _floors, "{:.2f} × floor", limit, False)
 
 
-def _rate(row: Row, group: Sequence[Row]) -> float | None:
-    """TFLOP/s."""
-    if not row.timing or (row.floor or 0) < LAUNCH_BOUND:
-        return None
-    return row.facts["flops"] / row.timing.median / 1e12
+def _time(row: Row, group: Sequence[Row]) -> float | None:
+    return row.seconds and row.seconds * 1e6
 
 
-def _faster_than(model: str) -> Callable[[Row, Sequence[Row]], float | None]:
-    """How many times as long the fastest of a model takes."""
-
-    def value(row: Row, group: Sequence[Row]) -> float | None:
-        other = fastest(group, model)
-        return other.seconds / row.seconds if other and other.seconds and row.seconds else None
-
-    return value
+def _share(row: Row, group: Sequence[Row]) -> float | None:
+    return row.share and row.share * 100
 
 
-def _over(contender: str) -> Callable[[Row, Sequence[Row]], float | None]:
-    """Our time over that of a contender."""
-
-    def value(row: Row, group: Sequence[Row]) -> float | None:
-        other = next((r for r in group if r.contender == contender), None)
-        return row.seconds / other.seconds if other and other.seconds and row.seconds else None
-
-    return value
+def _floors(row: Row, group: Sequence[Row]) -> float | None:
+    return 1 / row.share if row.share else None
 
 
-def _over_paper(row: Row, group: Sequence[Row]) -> float | None:
-    """Our peak of memory over the printed one."""
-    printed = row.facts["printed"]
-    return row.peak / (printed * 1e9) if row.peak and printed else None
+def _faster(row: Row, group: Sequence[Row]) -> float | None:
+    return results.speedup(row, group, RIVAL)
 
 
-def _op(task: str, fits: Callable[[Row], bool]) -> Callable[[Row], bool]:
-    return lambda row: row.ours and row.task == task and "op" in row.facts and fits(row)
-
-
-def _window(row: Row) -> int:
-    return math.prod(row.facts["window"])
-
-
-def _small_window(row: Row) -> bool:
-    return row.facts["op"] in WINDOWED and _window(row) <= 64
-
-
-def _few_proxies(row: Row) -> bool:
-    return row.facts["op"] == "cross" and row.facts["keys"] <= 64
-
-
-def _passes(row: Row) -> bool:
-    return row.facts["op"] in ("pool", "norm", "norm-pool")
-
-
-def _many_products(row: Row) -> bool:
-    known = row.facts
-    windowed = known["op"] in WINDOWED
-    large = _window(row) in (256, 1024) if windowed else known["keys"] >= 1024
-    return known["head_dim"] == 72 and known["op"] in (*WINDOWED, "cross", "proxy") and large
-
-
-def _model(
-    name: str, task: str = FORWARD, side: int | None = None, frames: int = 1, tokens: int = 0
-) -> Callable[[Row], bool]:
-    """Batch 1 of a contender, at one size or from a number of tokens on."""
-
-    def concerns(row: Row) -> bool:
-        known = row.facts
-        return (
-            (row.contender, row.task, known.get("batch")) == (name, task, 1)
-            and row.tokens >= tokens
-            and (side is None or (known["side"], known["frames"]) == (side, frames))
-        )
-
-    return concerns
-
-
-def _own_block(task: str) -> Callable[[Row], bool]:
-    return lambda row: row.ours and row.task == task and row.facts.get("kind") == "block"
-
-
-def _keeps_inputs(recipe: str) -> Callable[[Row], bool]:
-    return lambda row: row.contender == "keeps inputs" and row.facts["recipe"] == recipe
-
-
-_OPS = ("ops", "gpu")
-_BLOCKS, _MODELS = ("block", "gpu", "predict"), ("model", "gpu", "predict")
-XL, DIT, PIXART = "PT-DiT/XL", "DiT/XL", "PixArt-α"
-
-
-def _speedup(ours: str, theirs: str, least: float, *size: int) -> Target:
-    where = f"{size[0]} px" if len(size) == 1 else f"{size[1]} frames of {size[0]} px"
-    name = f"{ours} at least {least:g} × as fast as {theirs} at {where}"
-    fits, value = _model(ours, FORWARD, *size), _faster_than(theirs)
-
-    def concerns(row: Row) -> bool:
-        return row.facts.get("kind") == "model" and fits(row)
-
-    return Target(name, _MODELS, "cuda", concerns, value, least, least=True)
-
-
-def _kernel(name: str, task: str, fits: Callable[[Row], bool], limit: float) -> Target:
-    text = f"{name}: at most {limit:g} × floor, {task}"
-    return Target(text, _OPS, "cuda", _op(task, fits), _over_floor, limit)
-
-
+TIME, SHARE, SPEED = "{:.0f} µs", "{:.0f} % of floor", "{:.2f} × " + RIVAL
 TARGETS = (
-    _kernel("windows of at most 64 tokens", "forward", _small_window, 1.25),
-    _kernel("windows of at most 64 tokens", "backward", _small_window, 1.5),
-    _kernel("cross-attention to at most 64 keys", "forward", _few_proxies, 1.25),
-    _kernel("cross-attention to at most 64 keys", "backward", _few_proxies, 1.5),
-    _kernel("fused norm passes", "forward", _passes, 1.2),
-    _kernel("fused norm passes", "backward", _passes, 1.2),
-    Target("windows of 256 and 1024, 1024 keys and more: at least 400 TFLOP/s", _OPS, "cuda",
-           _op("forward", _many_products), _rate, 400, least=True),
-    Target("block forward: at most 1.15 × block floor", ("block", "gpu"), "cuda",
-           _own_block(FORWARD), _over_floor, 1.15),
-    Target("block training step: at most 1.3 × block floor", ("block", "gpu"), "cuda",
-           _own_block(TRAINING), _over_floor, 1.3),
-    _speedup(XL, DIT, 2.0, 2048),
-    _speedup(XL, DIT, 5.0, 512, 48),
-    _speedup(XL, DIT, 18.0, 1024, 48),
-    _speedup(f"{XL} fused", DIT, 1.0, 1024),
-    _speedup("PT-DiT/L", PIXART, 1.6, 1024),
-    *(
-        Target(f"training, {recipe}, block inputs kept: less memory than in the paper", ("memory",),
-               "cuda", _keeps_inputs(recipe), _over_paper, 1.0)
-        for recipe in RECIPES
-    ),
-    Target("block, 16,384 tokens, compiled: at most 1.5 × its 21 GEMMs", ("block",), "cpu",
-           _model(f"{XL} compiled", side=2048), _over(YARDSTICK), 1.5),
-    Target("block, 4,096 tokens, compiled: at most 1.7 × its 21 GEMMs", ("block",), "cpu",
-           _model(f"{XL} compiled", side=1024), _over(YARDSTICK), 1.7),
-    Target("block, from 4,096 tokens on: faster than diffusers' PixArt block", ("block",), "cpu",
-           _model(XL, tokens=4096), _over(f"{PIXART} diffusers"), 1.0),
-)  # fmt: skip
+    _operation(f"norm XL {LARGE_IMAGE}", "backward", _share, SHARE, 60),
+    _operation(f"norm XL {VIDEO}", "backward", _share, SHARE, 60),
+    _operation(f"window XL {VIDEO}", "forward", _share, SHARE, 75),
+    _operation(f"window XL {VIDEO}", "backward", _share, SHARE, 55),
+    _operation(f"window XL {LARGE_IMAGE}", "forward", _time, TIME, 75),
+    _operation(f"window XL {LARGE_IMAGE}", "backward", _time, TIME, 280),
+    _operation(f"cross XL {LARGE_IMAGE}", "backward", _time, TIME, 110),
+    _over_floor("forward", 1.2),
+    _over_floor("training", 1.4),
+    _speed("1024 px", 0.95),
+    _speed("2048 px", 2.2),
+    _speed("48×512 px", 5.7),
+    _speed("1024 px", 0.95, f"{XL} fused"),
+    _speed("2048 px", 2.2, f"{XL} fused"),
+    _speed("48×512 px", 5.7, f"{XL} fused"),
+)
+
+
+def report(rows: Sequence[Row]) -> list[str]:
+    """In Markdown: the targets that a row concerns."""
+    lines = ["| target | limit | measured | |", "| --- | ---: | ---: | --- |"]
+    groups = results.groups(rows)
+    for target in TARGETS:
+        group = groups.get((target.workload, target.task), [])
+        for mode in target.modes:
+            own = [r for r in group if (r.name, r.mode) == (target.name, mode) and r.timing]
+            value = target.value(own[-1], group) if own else None
+            if value is None:
+                continue
+            sign, verdict = "≥" if target.least else "≤", "met" if target.met(value) else "not met"
+            what = f"{target.workload}, {target.task}, {target.name}, {mode}"
+            shown = target.show.format(value)
+            lines.append(f"| {what} | {sign} {target.limit:g} | {shown} | {verdict} |")
+            break
+    return lines
+
+
+def main(paths: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if paths is None else paths
+    if not given:
+        print("usage: python -m benchmarks.targets RESULT.json ...", file=sys.stderr)
+        return 2
+    print(*report([row for path in given for row in results.load(Path(path)).rows]), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

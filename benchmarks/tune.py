@@ -6,7 +6,7 @@ For each kernel and each class of sizes that configs.json tells apart, a small g
 on a few shapes; each is held to the tolerance rule before it is timed. A setting that is at least
 2 % faster than the default takes its place. The entries go under the GPU's architecture, into
 kernels/configs.json or another file, which the environment variable PTATTN_CONFIGS then names;
-"default" is left alone, and its entries follow the new ones for the sizes that none of these covers.
+"default" is left alone; its entries follow the new ones, for the sizes that none of these covers.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", metavar="PATTERN", type=pattern, default=re.compile(""),
-                        help="jobs whose name matches, such as 'flash max_channels=96'")  # fmt: skip
+                        help="jobs whose name matches, such as 'flash.*channels=96'")  # fmt: skip
     parser.add_argument("--budget", type=float, default=500.0, help="seconds (%(default)s)")
     parser.add_argument("--write", metavar="FILE", type=Path, default=configs.PATH)
     args = parser.parse_args(argv)

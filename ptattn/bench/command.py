@@ -125,7 +125,7 @@ def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
     from .progress import Progress
 
     if options.quantize:
-        require("torchao", by="torchao")
+        require("torchao", install="torchao")
     settings = settings_of(options)
     known = {**dataclasses.asdict(settings), "budget": options.budget}
     done = Result(options.kind, known, {}, command, now())

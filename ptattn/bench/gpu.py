@@ -35,7 +35,7 @@ XL = ("pt-dit-xl", "dit-xl", "pixart-alpha")
 IMAGES, VIDEO = (Size(1024), Size(2048)), Size(512, 48)
 # Of a compiling process, at most: the whole of its device's context and one block.
 COMPILING = 16
-SECONDS = 0.2  # for a task at a size, all implementations together
+SECONDS = 0.15  # for a task at a size, all implementations together
 # What a stage takes on an H200: seconds for each of its workloads, and calls of each model in it.
 SETUP, CALLS = {"model": 3.0, "block": 1.5, "op": 0.9}, 60
 
@@ -61,7 +61,7 @@ class Stage:
                 continue
             own = sum(workload.floor(entry, rates) for entry in workload.entries)
             total += SETUP[workload.kind] + CALLS * own
-            total += 20 * len(workload.entries) * (self.compiled + self.quantized)
+            total += 12 * len(workload.entries) * (self.compiled + self.quantized)
         return total
 
 
@@ -89,7 +89,11 @@ def stages(quantize: str | None = None) -> list[Stage]:
         ),
         *model_workloads("model", XL[:2], IMAGES[:1], [TRAINING], SETTINGS),
     ]
-    compiled = model_workloads("block", XL, IMAGES, TASKS, SETTINGS)
+    compiled = [
+        dataclasses.replace(workload, one=True)
+        for size in IMAGES[::-1]
+        for workload in model_workloads("block", XL, [size], [FORWARD], SETTINGS)
+    ]
     return [
         Stage("whole models", whole),
         Stage("blocks", blocks),
@@ -114,7 +118,7 @@ def run(options: argparse.Namespace, typed: str) -> int:
         return _show(planned, options.budget)
     require("rich", "matplotlib")
     if options.quantize:
-        require("torchao", by="torchao")
+        require("torchao", install="torchao")
     if not torch.cuda.is_available():
         raise UsageError(
             "a CUDA GPU is needed, and torch finds none; --plan shows what it would do"

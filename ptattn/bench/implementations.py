@@ -84,14 +84,12 @@ class Implementation:
 
     def fp8(self) -> Implementation:
         """Every linear layer by torchao's float8, scaled row by row as it runs."""
-        try:
-            from torchao.quantization import (  # type: ignore[import-untyped]
-                Float8DynamicActivationFloat8WeightConfig,
-                PerRow,
-                quantize_,
-            )
-        except ImportError as error:
-            raise ImportError("--quantize fp8 needs torchao: pip install torchao") from error
+        from torchao.quantization import (  # type: ignore[import-untyped]
+            Float8DynamicActivationFloat8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+
         module = copy.deepcopy(self.module)
         quantize_(module, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
         name = f"{self.name} fp8"

@@ -125,8 +125,12 @@ class ModelWorkload:
             peak = {key: peaks.added(run, bench.device) for key, run in runs.items()}
             before = {key: seconds for key, (_, seconds) in peak.items()}
             times = clocks.measure(bench.clock, runs, bench.seconds, bench.calls, before)
-        timed = {key: dict(timing=times[key], peak=peak[key][0]) for key in runs}
-        return [replace(row, **timed.get(_key(row), {})) for row in rows]  # type: ignore[arg-type]
+        return [
+            replace(row, timing=times[key], peak=peak[key][0])
+            if (key := _key(row)) in runs
+            else row
+            for row in rows
+        ]
 
     @property
     def _has_yardstick(self) -> bool:
@@ -200,6 +204,8 @@ class ModelWorkload:
                     error = gate.check(chosen, results)
             except Exception as problem:  # as above
                 yield refused(problem, mode, shown), None
+                if mode == EAGER:
+                    return
                 continue
             known: dict[str, Any] = dict(mode=mode, error=error)
             if bench.rates is not None:

@@ -67,16 +67,21 @@ def times(result: Result) -> bytes | None:
     figure = _figure(len(panels), _title(result))
     colors = _colors(images)
     for axes, (title, lines) in zip(_axes(figure, len(panels)), panels.items(), strict=True):
+        styles: list[Line2D] = []
         for model, line in lines.items():
             _line(axes, line, colors[model], label=model)
             eager = _points(images, model, EAGER)
             if eager != line:
                 _line(axes, eager, colors[model], marker="", **DASHES)
+                styles = [
+                    Line2D([], [], color="0.35", linewidth=2.2, label="CUDA graph"),
+                    Line2D([], [], color="0.35", label="eager", **DASHES),
+                ]
         for ours, theirs in _pairs(lines, colors):
             for tokens, seconds in _crossings(lines[ours], lines[theirs]):
                 text = f"{ours} = {theirs}: ≈ {float(f'{tokens:.2g}'):,.0f} tokens"
                 _mark(axes, tokens, seconds, text, colors[theirs])
-        _finish(axes, title, lines, "seconds")
+        _finish(axes, title, lines, "seconds", styles)
     return _png(figure)
 
 

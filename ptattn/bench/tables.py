@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from rich import box
@@ -14,14 +13,23 @@ from rich.table import Table
 
 from . import memory, results, units
 from .op_run import OTHERS
-from .results import COMPILED, EAGER, GPU_ALONE, GRAPH, PREDICTED, Result, Row, groups
+from .results import (
+    COMPILED,
+    EAGER,
+    ERROR,
+    FAILED,
+    GPU_ALONE,
+    GRAPH,
+    PREDICTED,
+    SKIPPED,
+    Result,
+    Row,
+    groups,
+)
 
 # A line of a table: the rows of one implementation, a row per mode.
 Line = list[Row]
 MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
-
-
-MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
 
 
 class Column(NamedTuple):
@@ -29,6 +37,7 @@ class Column(NamedTuple):
     show: Callable[[Line], str]
     left: bool = False  # aligned
     narrow: bool = True  # shown on a narrow terminal too
+    wide: bool = True  # and on a wide one
 
 
 class Section(NamedTuple):
@@ -36,7 +45,6 @@ class Section(NamedTuple):
     lines: list[Line]
     columns: list[Column]
     apart: Callable[[Row], str]  # lines of which this differs stand apart
-    narrow: bool = False  # what stands apart has a line of its own, in place of columns
 
 
 TITLES = {
@@ -64,14 +72,13 @@ def markdown(result: Result, notes: Sequence[str] = ()) -> str:
     parts = [f"# {_title(result)}", f"{result.machine}.\nMade by `{result.command}`{took}."]
     parts += notes or ([ceilings(result), TIMED] if result.rates else [])
     for section in _sections(result):
-        titles = [column.title for column in section.columns]
-        marks = ["---" if column.left else "---:" for column in section.columns]
-        body = [[column.show(line) for column in section.columns] for line in section.lines]
+        columns = [column for column in section.columns if column.wide]
+        titles = [column.title for column in columns]
+        marks = ["---" if column.left else "---:" for column in columns]
+        body = [[column.show(line) for column in columns] for line in section.lines]
         lines = "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, marks, *body))
         parts += [f"## {section.title}"] if section.title else []
-        parts += [lines]
-        shown = [column.title for column in section.columns]
-        parts += _listed("Columns", _notes(result, shown))
+        parts += [lines, *_listed("Columns", _notes(result, titles))]
     parts += _listed("Left out", results.omissions(result.rows))
     parts += _listed("Findings", result.findings)
     return "\n\n".join([*parts, f"Rows: {results.summary(result.rows)}."]) + "\n"
@@ -101,14 +108,14 @@ def show(result: Result, console: Console, notes: Sequence[str] = ()) -> None:
     if notes or result.rates:
         say("\n".join(notes) or ceilings(result))
     for section in _sections(result):
+        columns = [column for column in section.columns if column.wide]
         unlimited = console.options.update(max_width=1000)
-        if Measurement.get(console, unlimited, _table(section)).maximum > console.width:
-            narrow = [column for column in section.columns if column.narrow]
-            section = section._replace(columns=narrow, narrow=True)
+        if Measurement.get(console, unlimited, _table(section, columns)).maximum > console.width:
+            columns = [column for column in section.columns if column.narrow]
         if section.title:
             say(f"\n{section.title}")
-        console.print(_table(section))
-        listed("Columns", _notes(result, [column.title for column in section.columns]))
+        console.print(_table(section, columns))
+        listed("Columns", _notes(result, [column.title for column in columns]))
     listed("Left out", results.omissions(result.rows))
     listed("Findings", result.findings)
 
@@ -167,10 +174,10 @@ def _sections(result: Result) -> list[Section]:
             rows = [row for row in rows if not row.baseline]
         if rows:
             lines = _lines(rows)
+            columns = _operations(lines, group) if kind is None else _models(lines, group)
+            used = [c for c in columns if any(c.show(line) for line in lines)]
             several = len(lines) > len(groups(rows))  # else they would only take space
             place = (lambda row: f"{row.workload}, {row.task}") if several else (lambda row: "")
-            columns = (_operations if kind is None else partial(_models, several))(lines, group)
-            used = [c for c in columns if any(c.show(line) for line in lines)]
             found.append(Section(title, lines, used, place))
     return found
 
@@ -205,30 +212,33 @@ def _operations(lines: Sequence[Line], group: Groups) -> list[Column]:
     ]
 
 
-def _models(several: bool, lines: Sequence[Line], group: Groups) -> list[Column]:
-    """`several` implementations of each workload and task."""
+def _models(lines: Sequence[Line], group: Groups) -> list[Column]:
     predicted = any(row.status == PREDICTED for line in lines for row in line)
-    times = _times(lines, "Time")
+    room = len(_modes(lines)) == 1
+    floors = [Column("Floor", _floor, narrow=False), Column("Of floor", _share, narrow=room)]
     return [
-        Column("Workload", lambda line: line[0].workload, left=True, narrow=not several),
-        Column("Task", lambda line: line[0].task, left=True, narrow=not several),
+        Column("Workload", lambda line: line[0].workload, left=True, narrow=False),
+        Column("Task", lambda line: line[0].task, left=True, narrow=False),
         Column("Model", lambda line: line[0].name, left=True),
-        *times,
+        *_times(lines, "Time"),
         Column("Tokens/s", _tokens_per_second, narrow=False),
-        Column("Memory", lambda line: _peak(line), narrow=False),
-        *([] if predicted else [Column("Floor", _floor, narrow=False)]),
-        *([] if predicted else [Column("Of floor", _share, narrow=len(times) < 3)]),
+        Column("Memory", _peak, narrow=False),
+        *([] if predicted else floors),
         Column("Error", lambda line: _known("{:.1e}", _worst(line)), narrow=False),
         *_speedups(lines, group),
     ]
 
 
 def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
+    room = len(_modes(lines)) == 1
+
     def fact(name: str, show: Callable[[float], str]) -> Callable[[Line], str]:
         return lambda line: show(line[0].facts[name])
 
     def block(line: Line) -> str:
-        return units.seconds(line[0].seconds) if line[0].seconds else line[0].status
+        if line[0].seconds:
+            return units.seconds(line[0].seconds)
+        return line[0].status if line[0].status in (FAILED, ERROR) else SKIPPED
 
     def least(line: Line) -> str:
         return units.seconds(line[0].timing.least) if line[0].timing else ""
@@ -242,12 +252,12 @@ def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
         Column("Model", lambda line: line[0].model, left=True),
         Column("Parameters", fact("parameters", lambda n: f"{n / 1e6:,.0f} M"), narrow=False),
         Column("GMACs (paper)", fact("macs_paper", units.giga), narrow=False),
-        Column("GMACs (full)", fact("macs", units.giga)),
+        Column("GMACs (full)", fact("macs", units.giga), narrow=room),
         Column("Block", block),
         *_times(lines, "")[1:],
         Column("Fastest", least, narrow=False),
         Column("All blocks", extrapolated, narrow=False),
-        Column("Memory", _peak),
+        Column("Memory", _peak, narrow=room),
         *_speedups(lines, group),
     ]
 
@@ -257,7 +267,7 @@ def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
 
 def _times(lines: Sequence[Line], alone: str) -> list[Column]:
     """A column per mode, of the title `alone` where there is but one; the first with quantiles."""
-    modes = [mode for mode in MODES if any(row.mode == mode for line in lines for row in line)]
+    modes = _modes(lines)
 
     def median(mode: str) -> Callable[[Line], str]:
         return lambda line: next(
@@ -268,6 +278,10 @@ def _times(lines: Sequence[Line], alone: str) -> list[Column]:
     if alone:
         found.insert(1, Column("20–80 %", _quantiles, narrow=False))
     return found
+
+
+def _modes(lines: Sequence[Line]) -> list[str]:
+    return [mode for mode in MODES if any(row.mode == mode for line in lines for row in line)]
 
 
 def _quantiles(line: Line) -> str:
@@ -284,16 +298,22 @@ def _speedups(lines: Sequence[Line], group: Groups) -> list[Column]:
     )  # fmt: skip
     own = {row.model for line in lines for row in line if not row.baseline}
 
-    def over(model: str) -> Column:
-        def show(line: Line) -> str:
-            ratios = [
-                results.speedup(row, group.get((row.workload, row.task), ()), model) for row in line
-            ]
-            return " / ".join(units.ratio(ratio) for ratio in ratios if ratio is not None)
+    def over(model: str, line: Line) -> list[float]:
+        ratios = [results.speedup(r, group.get((r.workload, r.task), ()), model) for r in line]
+        return [ratio for ratio in ratios if ratio is not None]
 
-        return Column(f"vs {model}", show)
+    def of_all(model: str) -> Callable[[Line], str]:
+        return lambda line: " / ".join(map(units.ratio, over(model, line)))
 
-    return [over(model) for model in models if model not in own]
+    def of_last(model: str) -> Callable[[Line], str]:
+        return lambda line: "".join(map(units.ratio, over(model, line)[-1:]))
+
+    columns = []
+    for model in models:
+        if model not in own:
+            columns.append(Column(f"vs {model}", of_all(model), narrow=False))
+            columns.append(Column(f"vs {model}", of_last(model), wide=False))
+    return columns
 
 
 def _best(line: Line) -> Row:
@@ -352,22 +372,19 @@ def _memory(rows: Sequence[Row]) -> Section:
     return Section(title, lines, columns, lambda row: "")
 
 
-def _table(section: Section) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=section.narrow)
-    for column in section.columns:
-        speedup = column.title.startswith("vs ")
-        table.add_column(
-            column.title, justify="left" if column.left else "right", overflow="fold",
-            no_wrap=not (column.left or speedup),
-            max_width=MOST_WIDE if speedup and section.narrow else None,
-        )  # fmt: skip
+def _table(section: Section, columns: Sequence[Column]) -> Table:
+    """A narrow one of models has their workload and task in a line of its own."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        wrap = column.title.startswith("vs ")
+        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not wrap)
     place = ""
     for line in section.lines:
-        before, place = place, section.apart(line[0])
-        if place != before:
-            if before:
+        if place != section.apart(line[0]):
+            if place:
                 table.add_section()
-            if section.narrow and section.columns[0].title == "Model":
+            place = section.apart(line[0])
+            if columns[0].title == "Model" and section.columns[0].title == "Workload":
                 table.add_row(place)
-        table.add_row(*(column.show(line) for column in section.columns))
+        table.add_row(*(column.show(line) for column in columns))
     return table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,11 +212,3 @@ def test_fp8_shows_its_error_up_to_a_limit(
         assert row.timing
         assert 1e-3 < row.error < limit
     assert modes(rows, OURS) == [EAGER]  # untouched
-
-
-def test_fp8_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    (entry,) = plan(["dit-s"], [Size(32)])
-    model = implementations.block_model(entry, SETTINGS, batch=1)
-    with pytest.raises(ImportError, match="--quantize fp8 needs torchao: pip install torchao"):
-        implementations._own(model, model.name).fp8()
