@@ -32,6 +32,9 @@ Line = list[Row]
 MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
 
 
+MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
+
+
 class Column(NamedTuple):
     title: str
     show: Callable[[Line], str]
@@ -374,10 +377,14 @@ def _memory(rows: Sequence[Row]) -> Section:
 
 def _table(section: Section, columns: Sequence[Column]) -> Table:
     """A narrow one of models has their workload and task in a line of its own."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    narrow = not all(column.wide for column in columns)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=narrow)
     for column in columns:
-        wrap = column.title.startswith("vs ")
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not wrap)
+        wrap = column.left or column.title.startswith("vs ")
+        table.add_column(
+            column.title, justify="left" if column.left else "right", no_wrap=not wrap,
+            overflow="fold", max_width=None if column.wide else MOST_WIDE,
+        )  # fmt: skip
     place = ""
     for line in section.lines:
         if place != section.apart(line[0]):
