@@ -184,9 +184,9 @@ def _parameters(model: str) -> int:
         return sum(p.numel() for p in create_model(model).parameters())
 
 
-def image(text: str) -> Size:
-    """Of an argument such as "512"."""
-    return _size(text, text, "1")
+def image(side: str, text: str | None = None) -> Size:
+    """Of an argument such as "512", or a side of one such as "512x256"."""
+    return _size(text or side, side, "1")
 
 
 def video(text: str) -> Size:
