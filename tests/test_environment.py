@@ -12,7 +12,7 @@ from ptattn import environment, files
 from ptattn.bench.compare import settings_of
 
 
-def test_environment() -> None:
+def test_environment():
     known = environment.describe()
     assert known["torch"] == torch.__version__
     assert known["cores"] >= 1
@@ -21,9 +21,7 @@ def test_environment() -> None:
     assert available is None or total is None or 0 < available <= total
 
 
-def test_commit_is_that_of_the_package_own_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_is_that_of_the_package_own_checkout(tmp_path, monkeypatch):
     """An environment inside somebody else's checkout once reported that one's commit."""
     monkeypatch.setattr(environment, "PACKAGE", Path(__file__).parent / "ptattn")
     assert environment.commit() is None
@@ -32,13 +30,11 @@ def test_commit_is_that_of_the_package_own_checkout(
 
 
 @pytest.mark.parametrize(("ratio", "dtype"), [(0.5, "bf16"), (20, "fp32")])
-def test_dtype_is_the_one_that_multiplies_faster(
-    ratio: float, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dtype_is_the_one_that_multiplies_faster(ratio, dtype, monkeypatch):
     """A clock that only products move: of one second in fp32, of `ratio` in bf16."""
     now = 0.0
 
-    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+    def linear(x, weight):
         nonlocal now
         now += ratio if x.dtype == torch.bfloat16 else 1.0
 
@@ -49,11 +45,11 @@ def test_dtype_is_the_one_that_multiplies_faster(
     assert environment.bf16_is_fast("cuda")
 
 
-def test_write_leaves_the_old_file_where_it_fails(tmp_path: Path) -> None:
+def test_write_leaves_the_old_file_where_it_fails(tmp_path):
     path = tmp_path / "file"
     files.write("old", path)
     with pytest.raises(TypeError):
-        files.write(3, path)  # type: ignore[arg-type]
+        files.write(3, path)
     assert path.read_text() == "old"
     files.write("new", path)
     assert path.read_text() == "new"

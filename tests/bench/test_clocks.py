@@ -1,7 +1,5 @@
 """Times by quantiles, implementations in turns; the machine's rates; the memory of a run."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
@@ -12,20 +10,20 @@ from ptattn.bench.clocks import LONG_RUN, WARM_UP, WallClock
 from tests.support.measured import FakeClock
 
 
-def test_summary_of_samples() -> None:
+def test_summary_of_samples():
     t = clocks.summarize([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert (t.median, t.low, t.high, t.least, t.calls) == (3.5, 2.0, 5.0, 1.0, 6)
 
 
-def test_runs_take_turns() -> None:
-    order: list[str] = []
+def test_runs_take_turns():
+    order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
     times = clocks.measure(FakeClock(), runs, 0.0)
     assert times["a"].calls == 2
     assert order == [*"abc", *"abc", *"bca"]  # the first of each to warm up
 
 
-def test_rounds_fill_the_time_but_not_beyond_the_most_calls() -> None:
+def test_rounds_fill_the_time_but_not_beyond_the_most_calls():
     runs = {"nap": lambda: time.sleep(0.005)}
     assert clocks.measure(WallClock(), runs, 0.0, (3, 100))["nap"].calls == 3
     assert clocks.measure(WallClock(), runs, 60.0, (3, 8))["nap"].calls == 8
@@ -35,16 +33,14 @@ def test_rounds_fill_the_time_but_not_beyond_the_most_calls() -> None:
 
 
 @pytest.mark.parametrize(("first", "known", "calls"), [(0.1, 0, WARM_UP - 1), (2.0, 1, 0)])
-def test_a_long_first_run_is_a_sample_and_needs_no_second_to_warm_up(
-    first: float, known: int, calls: int
-) -> None:
-    made: list[None] = []
+def test_a_long_first_run_is_a_sample_and_needs_no_second_to_warm_up(first, known, calls):
+    made = []
     prepared = WallClock().prepare(lambda: made.append(None), first)
     assert (first >= LONG_RUN, prepared.known) == (bool(known), [first] * known)
     assert len(made) == calls
 
 
-def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates(monkeypatch):
     monkeypatch.setattr(clocks, "clock_of", lambda device, wall: FakeClock(1e-3))
     got = clocks.rates("cpu", copied=2**12, side=8)
     assert got.copy == pytest.approx(2 * 2**12 / 1e-3)
@@ -52,7 +48,7 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got.launch == pytest.approx(1e-3)
 
 
-def test_peak_memory_is_what_the_call_needs() -> None:
+def test_peak_memory_is_what_the_call_needs():
     size = 200 * 10**6
     for _ in range(2):
         peak, seconds = peaks.added(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
@@ -62,7 +58,7 @@ def test_peak_memory_is_what_the_call_needs() -> None:
     assert seconds > 0
 
 
-def test_peak_memory_where_a_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_where_a_peak_cannot_be_reset(monkeypatch):
     seen = iter([100, 150])
     monkeypatch.setattr(peaks, "reset", lambda: False)
     monkeypatch.setattr(peaks, "_process_peak", lambda: next(seen))

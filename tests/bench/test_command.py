@@ -1,10 +1,7 @@
 """`ptattn bench`: from end to end, its files and those of --against, and its arguments."""
 
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +15,11 @@ BLOCK += ["--threads", "1", "--dtype", "fp32"]
 
 
 @pytest.fixture(autouse=True)
-def _small_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_rates(monkeypatch):
     monkeypatch.setattr(clocks, "rates", lambda *args: RATES)
 
 
-def test_bench_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_from_end_to_end(tmp_path, capsys):
     arguments = [*BLOCK, "--out", str(tmp_path)]
     assert main(arguments) == 0
     shown = capsys.readouterr()
@@ -44,7 +41,7 @@ def test_bench_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 of 1 results are worse beyond noise" in capsys.readouterr().out
 
 
-def test_operations_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_operations_from_end_to_end(tmp_path, capsys):
     ops = ["bench", "ops", "--only", "pool B 256 px .* b1$", "--backend", "sdpa"]
     assert main([*ops, "--seconds", "0.01", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"ops.json", "ops.md"}
@@ -53,9 +50,7 @@ def test_operations_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "norm-pool B 256 px" in capsys.readouterr().out
 
 
-def test_predictions_at_80_columns(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predictions_at_80_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["bench", "predict", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -70,9 +65,7 @@ def test_predictions_at_80_columns(
     ("content", "part"),
     [("no json", "cannot read"), ("other dtype", "its dtype is 'fp16', of this run 'fp32'")],
 )
-def test_a_file_that_cannot_be_compared_with_is_found_out_first(
-    content: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_cannot_be_compared_with_is_found_out_first(content, part, tmp_path, capsys):
     earlier, out = tmp_path / "earlier.json", tmp_path / "out"
     text = result(timed(1.0), dtype="fp16").to_json() if content == "other dtype" else content
     earlier.write_text(text)
@@ -100,16 +93,14 @@ def test_a_file_that_cannot_be_compared_with_is_found_out_first(
         ("predict --device abacus", "abacus"),
     ],
 )
-def test_nonsense_is_named(arguments: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nonsense_is_named(arguments, part, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["bench", *arguments.split()])
     assert exit.value.code == 2
     assert part in capsys.readouterr().err
 
 
-def test_what_cannot_be_done_here_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_done_here_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)  # importing it raises
     for arguments, part in (
         (["bench", "ops", "--only", "nothing"], "argument --only: no operation matches 'nothing'"),

@@ -1,12 +1,8 @@
 """What is made of rows: findings, tables, plots, and the files that a run leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from matplotlib import image
@@ -14,18 +10,18 @@ from rich.console import Console
 
 from ptattn.bench import findings, plots, report, results, tables, workloads
 from ptattn.bench.progress import Progress, line
-from ptattn.bench.results import COMPILED, EAGER, GRAPH, PREDICTED, SKIPPED, Result, Row
+from ptattn.bench.results import COMPILED, EAGER, GRAPH, PREDICTED, SKIPPED
 from ptattn.bench.workloads import Size
 from tests.support.measured import H200, RATES, WIDE, compared, result, timed
 
 # Findings.
 
 
-def sentences(speeds: dict[int, tuple[float, ...]], *models: str) -> list[str]:
+def sentences(speeds, *models):
     return findings.sentences(result(*compared(speeds, *models), kind="compare"))
 
 
-def test_findings_name_where_it_wins_and_where_it_loses() -> None:
+def test_findings_name_where_it_wins_and_where_it_loses():
     won, lost, counts = sentences({256: (2, 1), 512: (2, 2.5), 1024: (2, 5)}, *WIDE)
     assert won == (
         "On this machine, at equal width (D = 1152) PT-DiT/XL is faster than DiT/XL "
@@ -43,18 +39,18 @@ def test_findings_name_where_it_wins_and_where_it_loses() -> None:
         ({256: (1, 2), 512: (2, 1)}, "faster than DiT/XL at 256 px (2.00×)"),
     ],
 )
-def test_findings_without_a_threshold(speeds: dict[int, tuple[float, ...]], part: str) -> None:
+def test_findings_without_a_threshold(speeds, part):
     won, *others = sentences(speeds, *WIDE)
     assert part in won
     assert any("loses" in sentence for sentence in others) == ("every" not in won or "slow" in won)
 
 
-def test_findings_at_equal_parameters() -> None:
+def test_findings_at_equal_parameters():
     won, *_ = sentences({256: (1, 2)}, "pt-dit-l", "pixart-alpha")
     assert "at equal parameters (within 10 %) PT-DiT/L is faster than PixArt-α at 256 px" in won
 
 
-def test_findings_say_nothing_of_what_was_not_measured() -> None:
+def test_findings_say_nothing_of_what_was_not_measured():
     rows = [dataclasses.replace(row, timing=None) for row in compared({256: (1, 2)}, *WIDE)]
     (counts,) = findings.sentences(result(*rows, kind="compare"))
     assert counts.startswith("The paper's count")
@@ -66,7 +62,7 @@ def test_findings_say_nothing_of_what_was_not_measured() -> None:
 # Tables and plots.
 
 
-def default() -> Result:
+def default():
     """The default comparison with invented times; one workload skipped."""
     costs = {
         side: [e.cost / 1e11 for e in workloads.plan(workloads.MODELS, [Size(side)])]
@@ -77,7 +73,7 @@ def default() -> Result:
     return result(*rows, kind="compare")
 
 
-def shown(done: Result, width: int) -> str:
+def shown(done, width):
     text = io.StringIO()
     tables.show(done, Console(file=text, width=width))
     lines = text.getvalue().splitlines()[2:]  # below the title and the machine's line
@@ -87,14 +83,14 @@ def shown(done: Result, width: int) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_table_fits_the_terminal(width: int) -> None:
+def test_table_fits_the_terminal(width):
     text = shown(default(), width)
     assert any("PT-DiT/XL" in line and "×" in line for line in text.splitlines())
     assert ("All blocks" in text) == ("Parameters" in text) == (width == 160)
     assert "PT-DiT/L skipped: block 2048 px b1 forward: no time" in text
 
 
-def in_modes(kind: str = "block") -> list[Row]:
+def in_modes(kind="block"):
     """On a GPU: eager, compiled, and as a graph; the baseline is never compiled."""
     found = []
     for row in compared({256: (4.0, 2.0), 512: (4.0, 8.0)}, *WIDE):
@@ -106,7 +102,7 @@ def in_modes(kind: str = "block") -> list[Row]:
     return found
 
 
-def test_a_column_and_a_speed_up_for_every_mode() -> None:
+def test_a_column_and_a_speed_up_for_every_mode():
     done = result(*in_modes())
     done.rates.update(vars(RATES))
     lines = [line.split("|") for line in tables.markdown(done).splitlines() if line[:1] == "|"]
@@ -123,7 +119,7 @@ def test_a_column_and_a_speed_up_for_every_mode() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_tables_of_a_gpu_fit_the_terminal(width: int) -> None:
+def test_tables_of_a_gpu_fit_the_terminal(width):
     done = results.load(H200 / "block.json")
     blocks = [row for row in done.rows if row.timing]
     modes = (EAGER, COMPILED, GRAPH)
@@ -134,20 +130,20 @@ def test_tables_of_a_gpu_fit_the_terminal(width: int) -> None:
         assert part in text
 
 
-def pixels(png: bytes | Path) -> tuple[int, ...]:
+def pixels(png):
     picture = image.imread(io.BytesIO(png) if isinstance(png, bytes) else png)
     dark = (picture[..., :3].min(axis=-1) < 0.9).mean()
     assert 0.005 < dark < 0.5  # neither empty nor black
     return picture.shape[:2]
 
 
-def test_plots_of_a_comparison() -> None:
+def test_plots_of_a_comparison():
     drawn = {name: png for _, name, png in plots.draw(default())}
     assert list(drawn) == ["gflops.png", "latency.png"]
     assert all(pixels(png)[0] > 700 for png in drawn.values())
 
 
-def test_plots_show_graphs_where_there_are_some() -> None:
+def test_plots_show_graphs_where_there_are_some():
     rows = [row for row in in_modes() if row.model == "PT-DiT/XL"]
     tokens = [256, 1024]
     depth = 28 * 4.0
@@ -159,13 +155,13 @@ def test_plots_show_graphs_where_there_are_some() -> None:
     assert plots.draw(result(*in_modes()[:5])) == []  # of one size no line can be drawn
 
 
-def test_crossover_is_between_the_sizes_that_enclose_it() -> None:
+def test_crossover_is_between_the_sizes_that_enclose_it():
     ((tokens, seconds),) = plots._crossings([(256, 2.0), (1024, 4.0)], [(256, 1.0), (1024, 8.0)])
     assert tokens == 512
     assert seconds == pytest.approx(8**0.5)
 
 
-def test_progress_says_what_came_of_a_row() -> None:
+def test_progress_says_what_came_of_a_row():
     assert line(timed(0.0123, floor=0.00615)) == (
         "block 256 px b1  forward  PT-DiT/B: eager 12.3 ms, 50% of floor"
     )
@@ -177,8 +173,8 @@ def test_progress_says_what_came_of_a_row() -> None:
 # Files.
 
 
-def carry_out(out: Path, *found: list[Row], stop: bool = False) -> int:
-    def rows() -> Iterator[list[Row]]:
+def carry_out(out, *found, stop=False):
+    def rows():
         yield from found
         if stop:
             raise KeyboardInterrupt
@@ -186,9 +182,7 @@ def carry_out(out: Path, *found: list[Row], stop: bool = False) -> int:
     return report.carry_out(result(kind="compare"), rows(), out, Progress(len(found)))
 
 
-def test_an_interrupted_run_keeps_what_was_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, capsys):
     (tmp_path / "latency.png").write_text("of another run")
     measured = compared({64: (1.0, 2.0)}, *WIDE)
     assert carry_out(tmp_path, measured, stop=True) == 130
@@ -199,8 +193,8 @@ def test_an_interrupted_run_keeps_what_was_measured(
 
 @pytest.mark.parametrize("every", [report.WRITE_EVERY, 0.0])
 def test_before_the_first_time_an_interrupted_run_leaves_old_files_alone(
-    every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    every, tmp_path, monkeypatch
+):
     monkeypatch.setattr(report, "WRITE_EVERY", every)
     (tmp_path / "compare.json").write_text("mine")
     skipped = [
@@ -211,13 +205,13 @@ def test_before_the_first_time_an_interrupted_run_leaves_old_files_alone(
     assert (tmp_path / "compare.json").read_text() == "mine"
 
 
-def test_files_are_written_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_on_the_way(tmp_path, monkeypatch):
     """So that a run that is killed leaves some."""
     monkeypatch.setattr(report, "WRITE_EVERY", 0.0)
-    seen: list[bool] = []
+    seen = []
 
     class Looking(Progress):
-        def finish(self, rows: object) -> None:
+        def finish(self, rows):
             seen.append((tmp_path / "compare.json").exists())
 
     rows = [[row] for row in compared({64: (1.0, 2.0)}, *WIDE)]

@@ -1,34 +1,26 @@
 """`ptattn bench gpu` without one: its plan, what it compiles first, and on a GPU that is none."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 
 from ptattn.bench import gpu, harness
-from ptattn.bench.model_run import ModelWorkload
 from ptattn.bench.op_run import OperationWorkload
-from ptattn.bench.op_workloads import Inputs, Operation
-from ptattn.bench.results import Row
+from ptattn.bench.op_workloads import Operation
 from ptattn.cli import main
 from tests.bench.test_operations import tiny
 from tests.support.measured import SETTINGS, Watch, bench, workload
 
 
 @pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_the_plan_needs_no_gpu_and_says_what_comes_first(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_needs_no_gpu_and_says_what_comes_first(capsys, monkeypatch):
     arguments = ["bench", "gpu", "--plan", "--quantize", "fp8"]
     assert main(arguments) == 0
     head, *lines = capsys.readouterr().out.splitlines()
@@ -46,13 +38,13 @@ def test_the_plan_needs_no_gpu_and_says_what_comes_first(
     assert capsys.readouterr().out.count("beyond the budget of 10 s") == len(lines)
 
 
-def test_the_stages_cover_what_is_asked() -> None:
+def test_the_stages_cover_what_is_asked():
     stages = {stage.name: stage for stage in gpu.stages("fp8")}
     names = {name: [str(w) for w in stage.workloads] for name, stage in stages.items()}
     whole = ["model 1024 px b1", "model 2048 px b1", "model 48×512 px b1"]
     assert names["whole models"] == whole
     assert names["blocks"][0] == "block 1024 px b1"
-    assert {w.task for w in stages["blocks"].workloads} == {"forward", "training"}  # type: ignore[union-attr]
+    assert {w.task for w in stages["blocks"].workloads} == {"forward", "training"}
     first, others = names["operations of XL"], names["other operations"]
     assert len(first) + len(others) == len({*first, *others}) > 350
     assert [s for s, stage in stages.items() if stage.compiled] == ["compiled blocks"]
@@ -60,7 +52,7 @@ def test_the_stages_cover_what_is_asked() -> None:
     assert not any(stage.quantized for stage in gpu.stages())
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert main(["bench", "gpu", "--out", str(tmp_path / "out")]) == 2
     assert "a CUDA GPU is needed, and torch finds none; --plan" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -73,15 +65,15 @@ def test_without_a_gpu_it_says_so(tmp_path: Any, capsys: pytest.CaptureFixture[s
 class Here(Operation):
     """Its inputs lie on the CPU, whatever is asked for."""
 
-    def inputs(self, device: str) -> Inputs:
+    def inputs(self, device):
         return super().inputs("cpu")
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
+def card(monkeypatch):
     """A GPU that is none, with 16 GB free, whose processes are threads."""
 
-    def pool(workers: int, mp_context: object) -> ThreadPoolExecutor:
+    def pool(workers, mp_context):
         assert 1 <= workers <= gpu.COMPILING
         return ThreadPoolExecutor(1)
 
@@ -90,18 +82,16 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ProcessPoolExecutor", pool)
 
 
-def operation(op: str) -> OperationWorkload:
+def operation(op):
     return OperationWorkload(Here(**vars(tiny(op, grid=(1, 2, 5), batch=1, heads=1))))
 
 
 @pytest.mark.usefixtures("card")
-def test_kernels_are_run_once_and_what_fails_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran: list[str] = []
+def test_kernels_are_run_once_and_what_fails_is_named(capsys, monkeypatch):
+    ran = []
     run_once = gpu._run_once
 
-    def watched(one: Any) -> None:
+    def watched(one):
         run_once(one)
         ran.append(str(one))
 
@@ -119,18 +109,16 @@ def test_kernels_are_run_once_and_what_fails_is_named(
     assert re.search(r"compiled the kernels of 3 workloads in \d+ s", seen)
 
 
-def test_operations_are_timed_alone_and_models_as_their_user_waits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[tuple[str, object, bool, bool]] = []
+def test_operations_are_timed_alone_and_models_as_their_user_waits(monkeypatch):
+    seen = []
 
-    def measured(workloads: Any, known: Any, watch: object) -> list[list[Row]]:
+    def measured(workloads, known, watch):
         seen.append((str(workloads[0]), known.clock, known.compiled, known.quantized))
         return []
 
     monkeypatch.setattr(gpu.clocks, "clock_of", lambda device, wall=True: f"wall {wall}")
     monkeypatch.setattr(harness, "measure", measured)
-    block: Callable[..., ModelWorkload] = workload
+    block = workload
     planned = [
         gpu.Stage("a", [block("block", "forward", "dit-s")], compiled=True, quantized=True),
         gpu.Stage("b", [operation("window")]),

@@ -1,24 +1,20 @@
 """One workload after another: time limits, memory, what dies or hangs, Ctrl-C."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from ptattn.bench import harness, isolation
 from ptattn.bench.clocks import WallClock
-from ptattn.bench.harness import Bench, Isolated, Pace
-from ptattn.bench.results import ERROR, NOT_REACHED, OK, SKIPPED, Row
+from ptattn.bench.harness import Isolated, Pace
+from ptattn.bench.results import ERROR, NOT_REACHED, OK, SKIPPED
 from ptattn.bench.workloads import Settings
 from tests.support.measured import Watch, bench, timed, workload
 
@@ -35,10 +31,10 @@ class Fake:
     family: str = "fake"
     checks: int = 0
 
-    def __str__(self) -> str:
+    def __str__(self):
         return self.name
 
-    def measure(self, bench: Bench) -> list[Row]:
+    def measure(self, bench):
         if self.name == "errs":
             raise RuntimeError("no luck\nwith details")
         if self.name == "interrupted":
@@ -46,12 +42,12 @@ class Fake:
         DEADLY.get(self.name, bool)()
         return [timed(self.cost, workload=self.name)]
 
-    def blank(self, status: str, note: str = "") -> list[Row]:
+    def blank(self, status, note=""):
         row = timed(self.cost, workload=self.name, status=status, note=note)
         return [dataclasses.replace(row, timing=None)]
 
 
-def measure(*workloads: Any, run: harness.Run | None = None, **known: Any) -> list[Row]:
+def measure(*workloads, run=None, **known):
     found = harness.measure(workloads, bench(**known), Watch(), run)
     return [row for rows in found for row in rows]
 
@@ -59,11 +55,11 @@ def measure(*workloads: Any, run: harness.Run | None = None, **known: Any) -> li
 # Time.
 
 
-def in_seconds(seconds: float) -> float:
+def in_seconds(seconds):
     return time.monotonic() + seconds
 
 
-def test_what_would_end_after_the_deadline_is_not_begun() -> None:
+def test_what_would_end_after_the_deadline_is_not_begun():
     rows = measure(
         Fake(), Fake(cost=100.0), Fake(cost=2.0), deadline=in_seconds(30.5), calls=(2, 20)
     )
@@ -73,7 +69,7 @@ def test_what_would_end_after_the_deadline_is_not_begun() -> None:
     assert [(row.status, row.note) for row in rows] == [(NOT_REACHED, "the budget is used up")] * 2
 
 
-def test_the_pace_is_that_of_the_family_s_last_workload() -> None:
+def test_the_pace_is_that_of_the_family_s_last_workload():
     pace, known = Pace(), bench(calls=(5, 100))
     assert pace.expected(Fake(), known) == 0.0  # of the first nothing is known
     pace.learn(Fake(cost=2.0), [timed(0.01), timed(0.03)])
@@ -91,7 +87,7 @@ def test_the_pace_is_that_of_the_family_s_last_workload() -> None:
     assert pace.expected(object(), known) == 0.0  # operations have no cost
 
 
-def test_the_time_left_is_that_of_all_that_follow() -> None:
+def test_the_time_left_is_that_of_all_that_follow():
     watch = Watch()
     for _ in harness.measure([Fake(), Fake(), Fake(cost=2.0)], bench(calls=(1, 1)), watch):
         pass
@@ -104,7 +100,7 @@ def test_the_time_left_is_that_of_all_that_follow() -> None:
 # Memory and errors.
 
 
-def test_what_exceeds_the_memory_is_skipped() -> None:
+def test_what_exceeds_the_memory_is_skipped():
     small, large = (workload("block", "forward", "dit-s", side=side) for side in (32, 1024))
     between = (small.memory + large.memory) // 2
     rows = measure(small, large, free_memory=lambda device: between)
@@ -114,10 +110,8 @@ def test_what_exceeds_the_memory_is_skipped() -> None:
     assert rows[-1].note == needed
 
 
-def test_what_runs_out_of_memory_or_errs_costs_itself_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full() -> None:
+def test_what_runs_out_of_memory_or_errs_costs_itself_alone(monkeypatch):
+    def full():
         raise torch.OutOfMemoryError("tried to allocate\nso much")
 
     monkeypatch.setitem(DEADLY, "grows", full)
@@ -129,11 +123,11 @@ def test_what_runs_out_of_memory_or_errs_costs_itself_alone(
     ]
 
 
-def test_any_number_of_workloads_compiles() -> None:
+def test_any_number_of_workloads_compiles():
     """Three implementations of each share their code, of which torch keeps few graphs."""
 
     class Compiling(Fake):
-        def measure(self, bench: Bench) -> list[Row]:
+        def measure(self, bench):
             for times in range(3):
                 call = torch.compile(partial(torch.mul, times), backend="eager", fullgraph=True)
                 call(torch.ones(int(self.cost)))
@@ -144,8 +138,8 @@ def test_any_number_of_workloads_compiles() -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_interrupt_names_what_it_kept_from_being_measured(after: int) -> None:
-    found: list[Row] = []
+def test_interrupt_names_what_it_kept_from_being_measured(after):
+    found = []
     workloads = [Fake()] * after + [Fake("interrupted"), Fake()]
     measuring = harness.measure(workloads, bench(), Watch())
     with pytest.raises(KeyboardInterrupt):
@@ -158,7 +152,7 @@ def test_interrupt_names_what_it_kept_from_being_measured(after: int) -> None:
 
 
 @pytest.fixture
-def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Isolated]:
+def isolated(monkeypatch):
     """A child by fork, which starts at once; `ptattn compare` starts it afresh (test_cli)."""
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(isolation.multiprocessing, "get_context", lambda how: fork)
@@ -168,7 +162,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Isolated]:
     found.close()
 
 
-def test_what_dies_costs_itself_alone(isolated: Isolated) -> None:
+def test_what_dies_costs_itself_alone(isolated):
     rows = measure(Fake("dies"), Fake(), Fake("errs"), Fake(), run=isolated)
     assert [row.status for row in rows] == [SKIPPED, OK, ERROR, OK]
     killed = "the measuring process was ended by SIGKILL, most likely out of memory"
@@ -176,12 +170,12 @@ def test_what_dies_costs_itself_alone(isolated: Isolated) -> None:
     assert rows[2].note == "RuntimeError: no luck"
 
 
-def test_what_hangs_is_stopped(isolated: Isolated) -> None:
+def test_what_hangs_is_stopped(isolated):
     rows = measure(Fake("hangs"), Fake(cost=0.0), run=isolated, deadline=in_seconds(0.2))
     assert (rows[0].status, rows[0].note) == (SKIPPED, "stopped after 0 s")
 
 
-def test_a_child_that_dies_idle_is_reported_and_replaced(isolated: Isolated) -> None:
+def test_a_child_that_dies_idle_is_reported_and_replaced(isolated):
     child = isolated.start()._process
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join()
@@ -190,13 +184,11 @@ def test_a_child_that_dies_idle_is_reported_and_replaced(isolated: Isolated) -> 
     assert "SIGKILL" in rows[0].note
 
 
-def test_a_child_whose_peak_of_memory_cannot_be_reset_serves_once(
-    isolated: Isolated, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_whose_peak_of_memory_cannot_be_reset_serves_once(isolated, monkeypatch):
     monkeypatch.setattr(isolation.peaks, "reset", lambda: False)
-    children: list[int | None] = []
+    children = []
 
-    def run(workload: Any, known: Bench) -> list[Row]:
+    def run(workload, known):
         children.append(isolated.start()._process.pid)
         return isolated(workload, known)
 

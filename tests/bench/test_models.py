@@ -1,22 +1,17 @@
 """Blocks and whole models: held to the gate, then timed, in eager mode, compiled and as graphs."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ptattn.bench import clocks, floor, implementations, model_run, peaks
 from ptattn.bench.gate import Gate
-from ptattn.bench.implementations import Implementation, Model
+from ptattn.bench.implementations import Implementation
 from ptattn.bench.model_run import ModelWorkload
 from ptattn.bench.parity import WrongError
-from ptattn.bench.results import COMPILED, EAGER, FAILED, GRAPH, REFUSED, Row, status
+from ptattn.bench.results import COMPILED, EAGER, FAILED, GRAPH, REFUSED, status
 from ptattn.bench.workloads import Settings, Size, plan
 from tests.support.measured import SETTINGS, TINY, bench, workload
 
@@ -24,7 +19,7 @@ OURS, THEIRS = "PT-DiT/S-Class", "DiT/S flash"
 
 
 @pytest.mark.parametrize("task", floor.TASKS)
-def test_a_block_is_checked_and_timed_beside_its_baselines(task: str) -> None:
+def test_a_block_is_checked_and_timed_beside_its_baselines(task):
     rows = workload("block", task, "pt-dit-s-class", "pt-dit-b", "dit-s").measure(bench())
     timed = {row.name: row for row in rows if row.timing}
     expected = {OURS, "PT-DiT/B", "PT-DiT/B roll-and-mask", THEIRS}
@@ -39,7 +34,7 @@ def test_a_block_is_checked_and_timed_beside_its_baselines(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", floor.TASKS)
-def test_a_model_is_checked_and_timed(task: str) -> None:
+def test_a_model_is_checked_and_timed(task):
     timed = {row.name for row in workload("model", task, *TINY).measure(bench()) if row.timing}
     fused = {f"{OURS} fused"} if task == "forward" else set()
     assert timed == {OURS, THEIRS} | fused
@@ -47,7 +42,7 @@ def test_a_model_is_checked_and_timed(task: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("model", ["pt-dit-s-class", "dit-s", "pixart-alpha", "pt-dit-b"])
-def test_one_implementation_of_every_family_on_its_grid_s_corner(model: str, backend: str) -> None:
+def test_one_implementation_of_every_family_on_its_grid_s_corner(model, backend):
     """As `ptattn compare` measures them."""
     size, settings = Size(32, frames=2), Settings(backend=backend, dtype="fp32")
     (entry,) = plan([model], [size])
@@ -64,10 +59,10 @@ def test_one_implementation_of_every_family_on_its_grid_s_corner(model: str, bac
 # The gate.
 
 
-def falsify(monkeypatch: pytest.MonkeyPatch, when: Callable[[Model], bool] = bool) -> None:
+def falsify(monkeypatch, when=bool):
     """Multiply what the candidate computes by 1.001, `when` so of its model."""
 
-    def offered(model: Model, *, one: bool = False) -> Iterator[dict[str, Any]]:
+    def offered(model, *, one=False):
         own = implementations._own(model, model.name)
         wrong = dataclasses.replace(own, forward=lambda *x: 1.001 * own.forward(*x))
         yield {model.name: lambda: wrong if when(model) else own}
@@ -75,7 +70,7 @@ def falsify(monkeypatch: pytest.MonkeyPatch, when: Callable[[Model], bool] = boo
     monkeypatch.setattr(model_run, "implementations", offered)
 
 
-def test_a_wrong_block_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_block_has_no_time(monkeypatch):
     falsify(monkeypatch)
     rows = workload("block", "training", "pt-dit-s-class").measure(bench())
     assert [(row.status, row.timing) for row in rows] == [(FAILED, None)]
@@ -83,7 +78,7 @@ def test_a_wrong_block_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status(rows) == 1
 
 
-def test_a_block_wrong_at_the_corner_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_wrong_at_the_corner_has_no_time(monkeypatch):
     """Of its 256 tokens the gate sees 64, with the weights of the whole block."""
     one = workload("block", "forward", "pt-dit-s-class", side=256, one=True, checked=64)
     (entry,) = one.entries
@@ -98,12 +93,12 @@ def test_a_block_wrong_at_the_corner_has_no_time(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])
-def test_gradients_are_part_of_the_gate(what: str) -> None:
+def test_gradients_are_part_of_the_gate(what):
     (entry,) = plan(["pt-dit-b"], [Size(64)])
     model = implementations.block_model(entry, SETTINGS, batch=2)
     gate, own = Gate(model, floor.TRAINING), implementations._own(model, model.name)
 
-    def forward(module: Any, x: Tensor, vector: Tensor) -> Tensor:
+    def forward(module, x, vector):
         if what == "gradient":
             vector = vector.detach() + 1.01 * (vector - vector.detach())
         return own.forward(module, x, vector) * (1.001 if what == "output" else 1)
@@ -118,16 +113,16 @@ def test_gradients_are_part_of_the_gate(what: str) -> None:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def device(monkeypatch):
     """A GPU that is none: what was captured there, and what was compiled."""
-    done: list[str] = []
+    done = []
     compiling = torch.compile
 
-    def captured(run: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    def captured(run):
         done.append("captured")
         return run, run()
 
-    def compiled(*args: Any, **options: Any) -> Any:
+    def compiled(*args, **options):
         assert options == dict(fullgraph=True, dynamic=False)
         done.append("compiled")
         return compiling(*args, backend="eager", **options)
@@ -138,11 +133,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def modes(rows: list[Row], name: str) -> list[str]:
+def modes(rows, name):
     return [row.mode for row in rows if row.name == name and row.timing]
 
 
-def test_a_gpu_s_times_are_eager_compiled_and_of_a_graph(device: list[str]) -> None:
+def test_a_gpu_s_times_are_eager_compiled_and_of_a_graph(device):
     clock = bench(device="cuda", compiled=True)
     rows = workload("block", "forward", "pt-dit-s-class").measure(clock)
     assert modes(rows, OURS) == [EAGER, COMPILED, GRAPH]
@@ -151,7 +146,7 @@ def test_a_gpu_s_times_are_eager_compiled_and_of_a_graph(device: list[str]) -> N
     assert all(row.error < 1e-5 for row in rows if row.name == OURS)
 
 
-def test_what_is_checked_at_a_corner_is_timed_as_a_graph_too(device: list[str]) -> None:
+def test_what_is_checked_at_a_corner_is_timed_as_a_graph_too(device):
     """It once was timed in eager mode a second time."""
     one = workload("block", "forward", "dit-s", side=256, one=True, checked=64)
     (eager, graph) = one.measure(bench(device="cuda", rates=None))
@@ -159,10 +154,8 @@ def test_what_is_checked_at_a_corner_is_timed_as_a_graph_too(device: list[str]) 
     assert device == ["captured"] * 2  # at the corner, and whole
 
 
-def test_a_mode_that_does_not_run_costs_that_mode_alone(
-    device: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def captured(run: object) -> None:
+def test_a_mode_that_does_not_run_costs_that_mode_alone(device, monkeypatch):
+    def captured(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(clocks, "captured", captured)
@@ -176,7 +169,7 @@ def test_a_mode_that_does_not_run_costs_that_mode_alone(
 # fp8.
 
 
-def test_fp8_where_it_does_not_run_says_why_and_costs_nothing_else(device: list[str]) -> None:
+def test_fp8_where_it_does_not_run_says_why_and_costs_nothing_else(device):
     """torchao has it for GPUs alone. The row of what it refuses once took the compiled row's
     time."""
     rows = workload("block", "forward", *TINY).measure(bench(compiled=True, quantized=True))
@@ -189,7 +182,7 @@ def test_fp8_where_it_does_not_run_says_why_and_costs_nothing_else(device: list[
     assert status(rows) == 0
 
 
-def eight_bits(own: Implementation, scale: float) -> Implementation:
+def eight_bits(own, scale):
     """Its weights rounded to float8."""
     module = copy.deepcopy(own.module)
     for p in module.parameters():
@@ -198,9 +191,7 @@ def eight_bits(own: Implementation, scale: float) -> Implementation:
 
 
 @pytest.mark.parametrize(("scale", "limit"), [(1.0, 0.2), (2.0, None)])
-def test_fp8_shows_its_error_up_to_a_limit(
-    scale: float, limit: float | None, device: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp8_shows_its_error_up_to_a_limit(scale, limit, device, monkeypatch):
     monkeypatch.setattr(Implementation, "fp8", lambda own: eight_bits(own, scale))
     rows = workload("block", "forward", "pt-dit-s-class").measure(bench(quantized=True))
     (row,) = (row for row in rows if row.name == f"{OURS} fp8")

@@ -3,42 +3,36 @@
 The clock is a fake; the kernels run under Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ptattn import ops
 from ptattn.bench import harness, op_baselines, op_gate, op_run, op_workloads
-from ptattn.bench.harness import Bench
 from ptattn.bench.op_run import OperationWorkload
 from ptattn.bench.op_workloads import OPS, Operation
-from ptattn.bench.results import ERROR, FAILED, OK, REFUSED, SKIPPED, Row, status
+from ptattn.bench.results import ERROR, FAILED, OK, REFUSED, SKIPPED, status
 from tests.support.measured import RATES, bench
 
 
-def tiny(op: str, **changes: Any) -> Operation:
-    sizes: dict[str, Any] = dict(grid=(1, 3, 5), window=(1, 2, 4), heads=2, head_dim=16, batch=2)
+def tiny(op, **changes):
+    sizes = dict(grid=(1, 3, 5), window=(1, 2, 4), heads=2, head_dim=16, batch=2)
     return Operation(op, "tiny", "3x5", **(sizes | changes))
 
 
-def run(operation: Operation, found: Bench | None = None) -> list[Row]:
+def run(operation, found=None):
     return harness.run_here(OperationWorkload(operation), found or bench(backend="triton"))
 
 
-def first(name: str) -> Operation:
+def first(name):
     return next(o for o in op_workloads.operations() if str(o).startswith(name))
 
 
 # Operations and floors.
 
 
-def test_operations_are_distinct_and_the_important_come_first() -> None:
+def test_operations_are_distinct_and_the_important_come_first():
     operations = op_workloads.operations()
     names = {str(o) for o in operations}
     assert len(names) == len(operations) > 350
@@ -49,7 +43,7 @@ def test_operations_are_distinct_and_the_important_come_first() -> None:
 @pytest.mark.parametrize(
     ("name", "heads", "head_dim"), [("XL", 16, 72), ("H", 20, 72), ("B", 10, 64)]
 )
-def test_models_have_the_published_heads(name: str, heads: int, head_dim: int) -> None:
+def test_models_have_the_published_heads(name, heads, head_dim):
     operation = first(f"window {name} 1024 px")
     assert (operation.heads, operation.head_dim) == (heads, head_dim)
     assert operation.window == (1, 8, 8)
@@ -69,22 +63,20 @@ def test_models_have_the_published_heads(name: str, heads: int, head_dim: int) -
         ("mean", 2, 2, 64, 2, 2),
     ],
 )
-def test_bytes(
-    op: str, forward: int, backward: int, keys: int, forward_keys: int, backward_keys: int
-) -> None:
+def test_bytes(op, forward, backward, keys, forward_keys, backward_keys):
     operation = first(f"{op} XL 1024 px")
     assert operation.bytes("forward") == 1152 * (forward * 4096 + forward_keys * keys)
     assert operation.bytes("backward") == 1152 * (backward * 4096 + backward_keys * keys)
 
 
-def test_proxies_attend_to_one_another() -> None:
+def test_proxies_attend_to_one_another():
     operation = first("proxy XL 1024 px")
     assert (operation.queries, operation.keys) == (64, 64)
     assert operation.bytes("forward") == 64 * 1152 * 8
     assert operation.flops("forward") == 4 * 1152 * 64 * 64
 
 
-def test_floor_of_memory_and_of_products() -> None:
+def test_floor_of_memory_and_of_products():
     window = first("window XL 1024 px")
     assert window.floor("forward", RATES) / 4096 == pytest.approx(2.14e-9, rel=2e-3)
     assert window.floor("backward", RATES) / 4096 == pytest.approx(3.75e-9, rel=2e-3)
@@ -100,7 +92,7 @@ def test_floor_of_memory_and_of_products() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_formula_is_the_reference(op: str) -> None:
+def test_formula_is_the_reference(op):
     operation = tiny(op)
     inputs = operation.inputs("cpu")
     tensors = tuple(t.detach().double() for t in inputs.tensors)
@@ -111,7 +103,7 @@ def test_formula_is_the_reference(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["shifted", "cross", "norm-pool"])
-def test_a_right_operation_is_timed(op: str) -> None:
+def test_a_right_operation_is_timed(op):
     rows = run(tiny(op))
     forward, backward = (row for row in rows if not row.baseline)
     assert (forward.task, backward.task) == ("forward", "backward"), rows
@@ -122,11 +114,11 @@ def test_a_right_operation_is_timed(op: str) -> None:
     assert any(row.timing and row.baseline for row in rows)
 
 
-def falsify(monkeypatch: pytest.MonkeyPatch, which: str, factor: float = 1.05) -> None:
+def falsify(monkeypatch, which, factor=1.05):
     """An output of the kernels, or with `which` a gradient, of the last head."""
     whole = ops.window_attention
 
-    def wrong(q: Tensor, k: Tensor, v: Tensor, *args: Any, backend: str, **kwargs: Any) -> Tensor:
+    def wrong(q, k, v, *args, backend, **kwargs):
         out = whole(q, k, v, *args, backend=backend, **kwargs)
         if backend == "triton" and which == "out":
             return torch.cat([out[:, :, :-1], out[:, :, -1:] * factor], dim=2)
@@ -138,7 +130,7 @@ def falsify(monkeypatch: pytest.MonkeyPatch, which: str, factor: float = 1.05) -
 
 
 @pytest.mark.parametrize("which", ["out", "gradient"])
-def test_a_wrong_result_has_no_time(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_has_no_time(which, monkeypatch):
     falsify(monkeypatch, which)
     rows = run(tiny("window"))
     assert [(row.status, row.timing) for row in rows] == [(FAILED, None)] * 2
@@ -146,8 +138,8 @@ def test_a_wrong_result_has_no_time(which: str, monkeypatch: pytest.MonkeyPatch)
     assert status(rows) == 1
 
 
-def test_a_failing_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
+def test_a_failing_kernel_is_an_error(monkeypatch):
+    def fail(*args, **kwargs):
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(ops, "window_attention", fail)
@@ -156,7 +148,7 @@ def test_a_failing_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status(rows) == 1
 
 
-def test_an_operation_too_large_is_skipped_with_its_size() -> None:
+def test_an_operation_too_large_is_skipped_with_its_size():
     rows = run(tiny("window"), bench(free_memory=lambda device: 1000))
     assert {row.status for row in rows} == {SKIPPED}
     assert rows[0].note.startswith("needs about ")
@@ -164,11 +156,11 @@ def test_an_operation_too_large_is_skipped_with_its_size() -> None:
     assert status(rows) == 0
 
 
-def test_baselines_that_refuse_or_err_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> Any:
+def test_baselines_that_refuse_or_err_say_why(monkeypatch):
+    def refuse():
         raise ValueError("NYI: head dim 72\nstack")
 
-    def offered(operation: Operation, key_mask: Any, **known: Any) -> Iterator[dict[str, Any]]:
+    def offered(operation, key_mask, **known):
         yield {"refuses": refuse, "errs": lambda: lambda t: (t[0] * 2,)}
         yield {"late": lambda: lambda t: operation.call("sdpa", t, key_mask)}
         raise AssertionError("one of them ran")
@@ -183,12 +175,10 @@ def test_baselines_that_refuse_or_err_say_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("left", "compiles"), [(1e3, True), (50.0, False)])
-def test_a_baseline_is_compiled_where_there_is_time(
-    left: float, compiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[bool] = []
+def test_a_baseline_is_compiled_where_there_is_time(left, compiles, monkeypatch):
+    asked = []
 
-    def offered(*args: Any, compiled: bool, **known: Any) -> Iterator[dict[str, Any]]:
+    def offered(*args, compiled, **known):
         asked.append(compiled)
         yield {}
 

@@ -1,10 +1,7 @@
 """What rows say: speed-ups, equal models, regressions; and their file, of both schemas."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -14,10 +11,10 @@ from ptattn.command_line import UsageError
 from tests.support.measured import H200, compared, result, timed
 
 
-def test_a_speed_up_is_over_the_fastest_baseline_of_the_mode() -> None:
+def test_a_speed_up_is_over_the_fastest_baseline_of_the_mode():
     facts = dict(width=640, parameters=1, depth=12, blocks=1)
 
-    def baseline(name: str, seconds: float, mode: str = EAGER) -> results.Row:
+    def baseline(name, seconds, mode=EAGER):
         known = dict(name=name, model="DiT/B", baseline=True, mode=mode, facts=facts)
         return timed(seconds, **known)
 
@@ -38,9 +35,7 @@ def test_a_speed_up_is_over_the_fastest_baseline_of_the_mode() -> None:
         (("pt-dit-xl", "dit-b"), None),
     ],
 )
-def test_models_are_equal_in_width_or_within_ten_percent_of_parameters(
-    models: tuple[str, str], how: str | None
-) -> None:
+def test_models_are_equal_in_width_or_within_ten_percent_of_parameters(models, how):
     ours, theirs = rows = compared({256: (1.0, 2.0)}, *models)
     assert results.equal(ours, theirs) == how
     ratio = results.speedup(ours, rows, theirs.model)
@@ -57,25 +52,25 @@ def test_models_are_equal_in_width_or_within_ten_percent_of_parameters(
     ("seconds", "spread", "slower"),
     [(1.0, 0.01, 0), (1.02, 0.001, 0), (1.1, 0.01, 1), (1.1, 0.2, 0), (0.5, 0.01, 0)],
 )
-def test_a_regression_lies_beyond_the_noise(seconds: float, spread: float, slower: int) -> None:
+def test_a_regression_lies_beyond_the_noise(seconds, spread, slower):
     found, common = results.regressions(result(timed(1.0)), result(timed(seconds, spread)))
     assert (len(found), common) == (slower, 1)
 
 
-def test_only_times_of_one_mode_are_compared() -> None:
+def test_only_times_of_one_mode_are_compared():
     now = result(timed(9.0, mode=COMPILED), timed(9.0, name="DiT/B", baseline=True))
     was = result(timed(1.0), timed(1.0, name="DiT/B", baseline=True))
     assert results.regressions(was, now) == ([], 0)
 
 
-def test_a_result_that_became_wrong_is_a_regression() -> None:
+def test_a_result_that_became_wrong_is_a_regression():
     now = dataclasses.replace(timed(1.0), timing=None, status=FAILED, note="error 1")
     found, _ = results.regressions(result(timed(1.0)), result(now))
     assert found == ["block 256 px b1 forward PT-DiT/B eager: FAILED, error 1"]
 
 
-def test_what_was_left_out_is_named_once_per_reason() -> None:
-    def left_out(status: str, note: str, **known: object) -> results.Row:
+def test_what_was_left_out_is_named_once_per_reason():
+    def left_out(status, note, **known):
         return dataclasses.replace(timed(1.0, **known), timing=None, status=status, note=note)
 
     rows = [timed(1.0), left_out(NOT_REACHED, "the budget is used up", workload="A")]
@@ -89,7 +84,7 @@ def test_what_was_left_out_is_named_once_per_reason() -> None:
     assert results.status([left_out(ERROR, "RuntimeError: x")]) == 1
 
 
-def test_round_trip_of_a_result(tmp_path: Path) -> None:
+def test_round_trip_of_a_result(tmp_path):
     path, whole = (
         tmp_path / "block.json",
         result(timed(1.0), *compared({64: (1, 2)}, "dit-s", "dit-b")),
@@ -102,7 +97,7 @@ def test_round_trip_of_a_result(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "mode", "rows"), [("ops", GPU_ALONE, 588), ("block", GPU_ALONE, 95)]
 )
-def test_files_of_the_first_schema_are_read(name: str, mode: str, rows: int) -> None:
+def test_files_of_the_first_schema_are_read(name, mode, rows):
     """The H200's results of 2026-11-26, which knew the GPU's time alone."""
     path = H200 / f"{name}.json"
     raw = json.loads(path.read_text())
@@ -127,7 +122,7 @@ def test_files_of_the_first_schema_are_read(name: str, mode: str, rows: int) -> 
         (None, "cannot read"),
     ],
 )
-def test_a_file_of_something_else_is_named(content: str | None, part: str, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_named(content, part, tmp_path):
     path = tmp_path / "earlier.json"
     if content is not None:
         path.write_text(content)

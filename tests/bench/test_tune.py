@@ -1,11 +1,7 @@
 """`python -m benchmarks.tune` and the file of its user: what is tried, kept, written and read."""
 
-from __future__ import annotations
-
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ SOON = 60.0
 
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> tune.Job:
+def job(monkeypatch):
     bounds = (("max_bytes", 2), ("max_channels", 96))
     job = tune.Job("window_forward", bounds, (tiny("window", grid=(1, 2, 5), heads=1, batch=1),))
     few = tune.candidates(job.kernel)[:3]
@@ -29,7 +25,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> tune.Job:
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
+def fresh():
     """The table is read once in a process: read it anew, and anew afterwards."""
     configs.table.cache_clear()
     configs.find.cache_clear()
@@ -38,15 +34,13 @@ def fresh() -> Iterator[None]:
     configs.find.cache_clear()
 
 
-def search(job: tune.Job, path: Path, *seconds: float, left: float = SOON) -> None:
+def search(job, path, *seconds, left=SOON):
     clock = FakeClock(*seconds)
     assert tune.search([job], "cpu", clock, "cpu", time.monotonic() + left, path) == 0
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_user_s_file_gets_the_fastest_and_comes_first(
-    job: tune.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_s_file_gets_the_fastest_and_comes_first(job, tmp_path, monkeypatch):
     path, before = tmp_path / "mine.json", configs.PATH.read_text()
     search(job, path, 4.0, 4.0, 3.0, 3.0, 1.0, 1.0)
     assert configs.PATH.read_text() == before
@@ -68,9 +62,7 @@ def test_a_user_s_file_gets_the_fastest_and_comes_first(
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("content", ["no json", "[]", None])
-def test_a_user_s_file_that_cannot_be_read_is_named(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_s_file_that_cannot_be_read_is_named(content, tmp_path, monkeypatch):
     path = tmp_path / "mine.json"
     if content is not None:
         path.write_text(content)
@@ -79,9 +71,7 @@ def test_a_user_s_file_that_cannot_be_read_is_named(
         configs.find("window_forward", "cpu", bytes=2)
 
 
-def test_the_table_of_the_package_keeps_its_default(
-    job: tune.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_of_the_package_keeps_its_default(job, tmp_path, monkeypatch):
     path = tmp_path / "configs.json"
     tune.write(path, configs.table())
     monkeypatch.setattr(configs, "PATH", path)
@@ -96,15 +86,13 @@ def test_the_table_of_the_package_keeps_its_default(
     assert tune.present(after, "cpu", job) == tune.candidates("window_forward")[1]
 
 
-def test_tuning_stops_at_its_deadline(
-    job: tune.Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tuning_stops_at_its_deadline(job, tmp_path, capsys):
     search(job, tmp_path / "mine.json", left=-1.0)
     assert capsys.readouterr().out == "not reached: window_forward max_bytes=2 max_channels=96\n"
     assert not (tmp_path / "mine.json").exists()
 
 
-def test_tuning_rejects_wrong_results(job: tune.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_rejects_wrong_results(job, monkeypatch):
     falsify(monkeypatch, "out")
     first = tune.present(configs.table(), "cpu", job)
     best, seen = tune.try_job(job, first, "cpu", FakeClock(), "cpu", 0.0)
@@ -112,7 +100,7 @@ def test_tuning_rejects_wrong_results(job: tune.Job, monkeypatch: pytest.MonkeyP
     assert "WrongError: out" in seen
 
 
-def test_a_setting_holds_only_while_it_is_tried() -> None:
+def test_a_setting_holds_only_while_it_is_tried():
     table, found = json.dumps(configs.table()), configs.find("window_forward", "cpu", bytes=2)
     with tune.setting("cpu", "window_forward", dict(rows=128, warps=8)):
         assert configs.find("window_forward", "cpu", bytes=2) == configs.Config(8, rows=128)
@@ -122,7 +110,7 @@ def test_a_setting_holds_only_while_it_is_tried() -> None:
     }
 
 
-def test_tuning_covers_every_kernel_of_the_table() -> None:
+def test_tuning_covers_every_kernel_of_the_table():
     jobs = tune.jobs()
     assert {job.kernel for job in jobs} == set(configs.table()["default"])
     for job in jobs:
@@ -138,12 +126,7 @@ def test_tuning_covers_every_kernel_of_the_table() -> None:
         (["--write", "mine.json"], "needs a CUDA GPU"),
     ],
 )
-def test_arguments_of_tuning(
-    arguments: list[str],
-    part: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_arguments_of_tuning(arguments, part, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         tune.main(arguments)

@@ -1,7 +1,5 @@
 """What is measured: the plan, what a workload costs and takes, its floor, what a GPU would take."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -10,18 +8,18 @@ import torch
 from ptattn import flops
 from ptattn.bench import floor, predict, results, workloads
 from ptattn.bench.model_run import model_workloads
-from ptattn.bench.workloads import FIGURE_SIZES, FIGURES, Entry, Settings, Size
+from ptattn.bench.workloads import FIGURE_SIZES, FIGURES, Settings, Size
 from ptattn.models import get_config
 from tests.support.measured import TINY, WIDE, workload
 
 H200 = predict.DEVICES["h200"]
 
 
-def plan(*sides: int, models: tuple[str, ...] = TINY) -> list[Entry]:
+def plan(*sides, models=TINY):
     return workloads.plan(models, [Size(side) for side in sides])
 
 
-def test_plan_puts_images_before_videos_and_keeps_the_models_order() -> None:
+def test_plan_puts_images_before_videos_and_keeps_the_models_order():
     sizes = [Size(32, frames=4), Size(64), Size(32), Size(64)]
     entries = workloads.plan([*TINY, TINY[0]], sizes)
     assert [str(entry.size) for entry in entries[::2]] == ["32 px", "64 px", "4×32 px"]
@@ -29,14 +27,14 @@ def test_plan_puts_images_before_videos_and_keeps_the_models_order() -> None:
     assert [entry.block.grid for entry in entries[::2]] == [(1, 2, 2), (1, 4, 4), (4, 2, 2)]
 
 
-def test_models_with_one_block_have_equal_blocks() -> None:
+def test_models_with_one_block_have_equal_blocks():
     """At 1024 px the released model has the window that pt-dit-xl chooses; at 512 px it has not."""
     entries = plan(512, 1024, models=("pt-dit-xl", "qihoo-t2i"))
     assert entries[2].block == entries[3].block
     assert len({entry.block for entry in entries}) == 3
 
 
-def test_the_reference_needs_memory_for_all_scores() -> None:
+def test_the_reference_needs_memory_for_all_scores():
     ours, theirs = plan(1024)
     tokens, heads = 64 * 64, 6
     assert theirs.block.memory(torch.bfloat16, "reference") > 4 * heads * tokens**2
@@ -44,7 +42,7 @@ def test_the_reference_needs_memory_for_all_scores() -> None:
     assert ours.block.memory(torch.bfloat16, "reference") < 4 * heads * tokens**2
 
 
-def test_memory_and_cost_grow_with_what_is_done() -> None:
+def test_memory_and_cost_grow_with_what_is_done():
     forward, training = (workload("model", task, *WIDE, depth=4) for task in floor.TASKS)
     for more in (training, dataclasses.replace(forward, batch=8)):
         assert more.memory > forward.memory
@@ -64,9 +62,7 @@ def test_memory_and_cost_grow_with_what_is_done() -> None:
         ("pt-dit-xl", Size(4096), (1, 64, 64)),  # two windows of 32 an axis
     ],
 )
-def test_a_corner_keeps_the_windows_and_two_of_them_an_axis(
-    model: str, size: Size, grid: tuple[int, int, int]
-) -> None:
+def test_a_corner_keeps_the_windows_and_two_of_them_an_axis(model, size, grid):
     block = workloads.plan([model], [size])[0].block
     corner = block.corner(1024)
     assert corner.grid == grid
@@ -81,7 +77,7 @@ def test_a_corner_keeps_the_windows_and_two_of_them_an_axis(
 # The floor and the prediction.
 
 
-def test_block_floor_of_the_paper_s_block() -> None:
+def test_block_floor_of_the_paper_s_block():
     """Per token 22·D² multiply-adds, four passes of 8·C bytes, 24·C of attention, 16·C of MLP."""
     config, tokens = get_config("pt-dit-xl"), 128 * 128
     dim = config.dim
@@ -100,7 +96,7 @@ def test_block_floor_of_the_paper_s_block() -> None:
     assert next(few) == next(few)
 
 
-def test_the_operations_of_a_model_are_those_counted() -> None:
+def test_the_operations_of_a_model_are_those_counted():
     for model in ("pt-dit-l", "dit-xl", "pixart-alpha"):
         depth = get_config(model).depth
         work = floor.work(model, Size(1024), floor.FORWARD, depth=depth)
@@ -109,7 +105,7 @@ def test_the_operations_of_a_model_are_those_counted() -> None:
         assert total == 2 * flops.count(model, 1024).total
 
 
-def test_predictions_are_marked() -> None:
+def test_predictions_are_marked():
     settings = Settings("cuda", "bf16", "triton")
     found = model_workloads("model", FIGURES, FIGURE_SIZES, [floor.FORWARD], settings)
     rows = predict.rows(found, H200)

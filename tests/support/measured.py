@@ -1,17 +1,13 @@
 """What the tests of measuring share: a clock that is told what to show, rows, a silent watch."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ptattn.bench.clocks import Prepared, Rates, Run, Timing
+from ptattn.bench.clocks import Prepared, Rates, Timing
 from ptattn.bench.harness import Bench
 from ptattn.bench.model_run import ModelWorkload
 from ptattn.bench.results import Result, Row
@@ -29,14 +25,14 @@ class FakeClock:
 
     calls = (2, 2)  # the interpreter takes milliseconds where a GPU takes microseconds
 
-    def __init__(self, *seconds: float) -> None:
-        self.seconds: Iterator[float] = itertools.cycle(seconds or (1e-5,))
+    def __init__(self, *seconds):
+        self.seconds = itertools.cycle(seconds or (1e-5,))
 
-    def prepare(self, run: Run, first: float | None = None) -> Prepared:
+    def prepare(self, run, first=None):
         run()
         return Prepared(partial(self.sample, run))
 
-    def sample(self, run: Run) -> float:
+    def sample(self, run):
         run()
         return next(self.seconds)
 
@@ -44,38 +40,38 @@ class FakeClock:
 class Watch:
     """Remembers in how many seconds all were expected to be done."""
 
-    def __init__(self) -> None:
-        self.left: list[float] = []
+    def __init__(self):
+        self.left = []
 
-    def start(self, workload: object, left: float) -> None:
+    def start(self, workload, left):
         self.left.append(left)
 
 
-def bench(**changes: Any) -> Bench:
+def bench(**changes):
     known = dict(clock=FakeClock(), rates=RATES, device="cpu", backend="sdpa", seconds=0.0)
     known |= dict(dtype=torch.float32, free_memory=lambda device: None)
     return Bench(**(known | changes))
 
 
-def workload(kind: str, task: str, *models: str, side: int = 64, **changes: Any) -> ModelWorkload:
+def workload(kind, task, *models, side=64, **changes):
     entries = tuple(plan(models, [Size(side)]))
     known = dict(batch=2, depth=1 if kind == "model" else None) | changes
     return ModelWorkload(kind, Size(side), entries, SETTINGS, task, **known)
 
 
-def timed(seconds: float, spread: float = 0.01, **changes: Any) -> Row:
+def timed(seconds, spread=0.01, **changes):
     """A row of PT-DiT/B, or whatever `changes` say."""
     low, high = seconds * (1 - spread), seconds * (1 + spread)
     row = Row("block 256 px b1", "forward", "PT-DiT/B", "PT-DiT/B")
     return dataclasses.replace(row, timing=Timing(seconds, low, high, low, 10), **changes)
 
 
-def result(*rows: Row, kind: str = "block", **settings: object) -> Result:
+def result(*rows, kind="block", **settings):
     known = {"device": "cpu", "dtype": "bf16", "backend": "sdpa"} | settings
     return Result(kind, known, {}, f"ptattn {kind}", "2030-01-01", rows=list(rows))
 
 
-def compared(speeds: dict[int, tuple[float, ...]], *models: str) -> list[Row]:
+def compared(speeds, *models):
     """Rows as `ptattn compare` has them, of the seconds of each model's block at every size."""
     found = []
     for side, seconds in speeds.items():
