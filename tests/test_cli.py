@@ -17,7 +17,7 @@ from ptattn.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["--models", "pt-dit-s-class", "dit-s"]
-TINY = ["compare", *MODELS, "--sizes", "32", "64", "--threads", "1", "--video"]
+TINY = ["compare", *MODELS, "--sizes", "32", "64", "--threads", "1", "--device", "cpu", "--video"]
 FILES = {"compare.json", "compare.md", "gflops.png", "latency.png"}
 
 
@@ -150,7 +150,7 @@ def test_compare_on_the_kernels(
     """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
     monkeypatch.setattr(harness, "Isolated", Here)
     sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "60"]
-    arguments = ["compare", *MODELS, *sizes, "--threads", "1", "--backend", "triton"]
+    arguments = ["compare", *MODELS, *sizes, "--device", "cpu", "--backend", "triton"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "no time here says how fast they are" in shown

@@ -11,7 +11,7 @@ from ptattn.cli import main
 from tests.support.measured import RATES, TINY, result, timed
 
 BLOCK = ["bench", "block", "--models", *TINY, "--sizes", "32", "--seconds", "0.01"]
-BLOCK += ["--threads", "1", "--dtype", "fp32"]
+BLOCK += ["--threads", "1", "--dtype", "fp32", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_bench_from_end_to_end(tmp_path, capsys):
 
 
 def test_operations_from_end_to_end(tmp_path, capsys):
-    ops = ["bench", "ops", "--only", "pool B 256 px .* b1$", "--backend", "sdpa"]
+    ops = ["bench", "ops", "--only", "pool B 256 px .* b1$", "--backend", "sdpa", "--device", "cpu"]
     assert main([*ops, "--seconds", "0.01", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"ops.json", "ops.md"}
     found = results.load(tmp_path / "ops.json").rows

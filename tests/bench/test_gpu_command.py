@@ -41,14 +41,14 @@ def test_the_plan_needs_no_gpu_and_says_what_comes_first(capsys, monkeypatch):
 def test_the_stages_cover_what_is_asked():
     stages = {stage.name: stage for stage in gpu.stages("fp8")}
     names = {name: [str(w) for w in stage.workloads] for name, stage in stages.items()}
-    whole = ["model 1024 px b1", "model 2048 px b1", "model 48×512 px b1"]
-    assert names["whole models"] == whole
+    sizes = ("1024 px", "2048 px", "48×512 px")
+    assert names["whole models"] == [f"model {size} b1" for size in sizes]
     assert names["blocks"][0] == "block 1024 px b1"
     assert {w.task for w in stages["blocks"].workloads} == {"forward", "training"}
     first, others = names["operations of XL"], names["other operations"]
     assert len(first) + len(others) == len({*first, *others}) > 350
-    assert [s for s, stage in stages.items() if stage.compiled] == ["compiled blocks"]
-    assert [s for s, stage in stages.items() if stage.quantized] == ["compiled blocks"]
+    for what in ("compiled", "quantized"):
+        assert [s for s, stage in stages.items() if getattr(stage, what)] == ["compiled blocks"]
     assert not any(stage.quantized for stage in gpu.stages())
 
 
@@ -88,8 +88,7 @@ def operation(op):
 
 @pytest.mark.usefixtures("card")
 def test_kernels_are_run_once_and_what_fails_is_named(capsys, monkeypatch):
-    ran = []
-    run_once = gpu._run_once
+    ran, run_once = [], gpu._run_once
 
     def watched(one):
         run_once(one)
@@ -99,11 +98,10 @@ def test_kernels_are_run_once_and_what_fails_is_named(capsys, monkeypatch):
     small = workload("block", "training", "pt-dit-s-class", "dit-s", side=32)
     large = workload("block", "training", "pt-dit-xl", side=4096)
     model = workload("model", "forward", "pt-dit-s-class")  # its kernels are its block's
-    broken = dataclasses.replace(
-        small, settings=dataclasses.replace(SETTINGS, backend="none"), batch=1
-    )
+    nowhere = dataclasses.replace(SETTINGS, backend="none")
+    broken = dataclasses.replace(small, settings=nowhere, batch=1)
     gpu.compile_kernels([operation("window"), small, large, model, broken])
-    assert ran == ["block 32 px b2", operation("window").__str__()]
+    assert ran == ["block 32 px b2", str(operation("window"))]
     seen = capsys.readouterr().err
     assert "compiling block 32 px b1: ValueError: " in seen
     assert re.search(r"compiled the kernels of 3 workloads in \d+ s", seen)
@@ -111,17 +109,10 @@ def test_kernels_are_run_once_and_what_fails_is_named(capsys, monkeypatch):
 
 def test_operations_are_timed_alone_and_models_as_their_user_waits(monkeypatch):
     seen = []
-
-    def measured(workloads, known, watch):
-        seen.append((str(workloads[0]), known.clock, known.compiled, known.quantized))
-        return []
-
     monkeypatch.setattr(gpu.clocks, "clock_of", lambda device, wall=True: f"wall {wall}")
-    monkeypatch.setattr(harness, "measure", measured)
-    block = workload
-    planned = [
-        gpu.Stage("a", [block("block", "forward", "dit-s")], compiled=True, quantized=True),
-        gpu.Stage("b", [operation("window")]),
-    ]
+    monkeypatch.setattr(harness, "measure", lambda _, own, watch: seen.append(own) or [])
+    blocks = gpu.Stage("blocks", [workload("block", "forward", "dit-s")], compiled=True)
+    planned = [blocks, gpu.Stage("operations", [operation("window")])]
     assert list(gpu._measure(planned, bench(clock="wall True"), Watch())) == []
-    assert [row[1:] for row in seen] == [("wall True", True, True), ("wall False", False, False)]
+    assert [own.clock for own in seen] == ["wall True", "wall False"]
+    assert [own.compiled for own in seen] == [True, False]

@@ -48,9 +48,8 @@ def test_one_implementation_of_every_family_on_its_grid_s_corner(model, backend)
     (entry,) = plan([model], [size])
     one = ModelWorkload("block", size, (entry,), settings, one=True, checked=1024)
     (row,) = one.measure(bench(rates=None))
-    assert (row.name, row.model, row.baseline) == (entry.name,) * 2 + (
-        not entry.is_proxy_tokenized,
-    )
+    assert row.name == row.model == entry.name
+    assert row.baseline is not entry.is_proxy_tokenized
     assert row.timing.calls == 2
     assert row.error < 1e-5
     assert row.floor is None
@@ -83,10 +82,8 @@ def test_a_block_wrong_at_the_corner_has_no_time(monkeypatch):
     one = workload("block", "forward", "pt-dit-s-class", side=256, one=True, checked=64)
     (entry,) = one.entries
     seen = one._model(dataclasses.replace(entry, block=entry.block.corner(64)))
-    for mine, whole in zip(
-        seen.module.parameters(), one._model(entry).module.parameters(), strict=True
-    ):
-        assert torch.equal(mine, whole)
+    weights = (model.module.parameters() for model in (seen, one._model(entry)))
+    assert all(map(torch.equal, *weights))
     falsify(monkeypatch, lambda model: model.leaves[0].shape[1] == 64)
     (row,) = one.measure(bench())
     assert (row.status, row.timing) == (FAILED, None)
@@ -115,8 +112,7 @@ def test_gradients_are_part_of_the_gate(what):
 @pytest.fixture
 def device(monkeypatch):
     """A GPU that is none: what was captured there, and what was compiled."""
-    done = []
-    compiling = torch.compile
+    done, compiling = [], torch.compile
 
     def captured(run):
         done.append("captured")
@@ -127,6 +123,7 @@ def device(monkeypatch):
         done.append("compiled")
         return compiling(*args, backend="eager", **options)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torchao asks
     monkeypatch.setattr(clocks, "captured", captured)
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(peaks, "added", lambda run, device: (10**6, 1e-5))
@@ -142,7 +139,6 @@ def test_a_gpu_s_times_are_eager_compiled_and_of_a_graph(device):
     rows = workload("block", "forward", "pt-dit-s-class").measure(clock)
     assert modes(rows, OURS) == [EAGER, COMPILED, GRAPH]
     assert device == ["compiled", "captured"]
-    assert len({row.error for row in rows if row.name == OURS}) <= 2
     assert all(row.error < 1e-5 for row in rows if row.name == OURS)
 
 
@@ -170,8 +166,7 @@ def test_a_mode_that_does_not_run_costs_that_mode_alone(device, monkeypatch):
 
 
 def test_fp8_where_it_does_not_run_says_why_and_costs_nothing_else(device):
-    """torchao has it for GPUs alone. The row of what it refuses once took the compiled row's
-    time."""
+    """torchao has it for GPUs alone. What it refuses once took the compiled row's time."""
     rows = workload("block", "forward", *TINY).measure(bench(compiled=True, quantized=True))
     assert modes(rows, OURS) == modes(rows, THEIRS) == [EAGER, COMPILED]
     refused = {row.name: row for row in rows if row.name.endswith("fp8")}
@@ -199,7 +194,7 @@ def test_fp8_shows_its_error_up_to_a_limit(scale, limit, device, monkeypatch):
         assert (row.status, row.timing) == (REFUSED, None)
         assert "limit 2.0e-01" in row.note
     else:
-        assert (row.mode, row.model, row.baseline) == (COMPILED, OURS, False)
         assert row.timing
+        assert (row.mode, row.model, row.baseline) == (COMPILED, OURS, False)
         assert 1e-3 < row.error < limit
     assert modes(rows, OURS) == [EAGER]  # untouched
