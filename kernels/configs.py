@@ -3,7 +3,8 @@
 The file maps architecture -> kernel -> entries. The first entry whose bounds hold is taken:
 `bytes` is the size of an element, `channels` the width of the tiles that hold the head dim, `keys`
 that of the tile of a few keys, `slots` the rows that a small window takes of its tile, `queries`
-how many there are; `windowed` is 1 for windows, `masked` for a key mask.
+how many there are; `windowed` is 1 for windows, `masked` for a key mask, `means` for a norm with
+window means.
 "default" serves every architecture and kernel that has no entries of its own.
 `python -m benchmarks.tune` writes entries for the GPU at hand, here or into a file of the user's:
 the entries of the file that the environment variable PTATTN_CONFIGS names come before these.
@@ -39,7 +40,8 @@ class Faster:
     """Dense attention without a mask that `kernel` of torch.nn.attention.SDPBackend does faster.
 
     It was measured in the run of the folder `run`, for this dtype and head dim, and for no fewer
-    `heads` of all samples together, `queries` and `keys` than these.
+    `heads` of all samples together, `queries` and `keys` than these; with its backward for no fewer
+    than `training_keys`.
     """
 
     dtype: str
@@ -47,6 +49,7 @@ class Faster:
     heads: int
     queries: int
     keys: int
+    training_keys: int
     kernel: str
     run: str
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from .. import flops
 from . import memory, results
 from .floor import FORWARD
+from .model_run import YARDSTICK
 from .results import EAGER, GRAPH, OK, PREDICTED, Result, Row
 from .workloads import TEXT_TOKENS
 
@@ -29,19 +31,20 @@ Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
 
 def draw(result: Result) -> list[tuple[str, str, bytes]]:
     """Caption, file and picture of each; none where there is nothing to draw."""
-    if result.kind == memory.KIND:
-        found = [("Peak memory of training against frames", peaks(result))]
-    else:
-        found = [("Forward time against tokens", times(result))]
-    if result.kind == "compare":
-        found.insert(0, ("Multiply-adds against tokens", multiply_adds(result)))
-    named = zip(found, names(result.kind), strict=True)
-    return [(caption, name, picture) for (caption, picture), name in named if picture]
+    known = pictures(result.kind)
+    return [(text, name, png) for text, name, make in known if (png := make(result))]
 
 
-def names(kind: str) -> Sequence[str]:
-    """The files of all pictures that a result of this kind can have."""
-    return ("gflops.png", "latency.png") if kind == "compare" else (f"{kind}.png",)
+def pictures(kind: str) -> list[tuple[str, str, Callable[[Result], bytes | None]]]:
+    """Caption, file and maker of all that a result of this kind can have."""
+    if kind == memory.KIND:
+        return [("Peak memory of training against frames", f"{kind}.png", peaks)]
+    if kind == "compare":
+        first = [("Multiply-adds against tokens", "gflops.png", multiply_adds)]
+        return [*first, ("Forward time against tokens", "latency.png", times)]
+    first = [("Speed against full attention, and against the floor", "speed.png", speed)]
+    found = [("Forward time against tokens", f"{kind}.png", times)]
+    return [*first, *found] if kind == "gpu" else found
 
 
 # Images at batch 1.
@@ -118,6 +121,63 @@ def multiply_adds(result: Result) -> bytes | None:
     return _png(figure)
 
 
+# Of a GPU.
+
+
+def speed(result: Result) -> bytes | None:
+    """How many times as fast as full attention of its width one block of PT-DiT is, by size and
+    mode; and the share of the floor that operations reach at 2048 px. None without their rows."""
+    blocks = [r for r in result.rows if r.facts.get("kind") == "block" and r.task == FORWARD]
+    operations = [r for r in result.rows if "XL 2048 px" in r.workload and not r.baseline]
+    operations = [r for r in operations if "op" in r.facts and r.share]
+    if not blocks or not operations:
+        return None
+    figure = _figure(2, f"{result.where}, {result.settings['dtype']}, batch 1")
+    left, right = _axes(figure, 2)
+    _speeds(left, sorted(blocks, key=lambda row: (row.facts["frames"], row.tokens)))
+    _shares(right, operations)
+    return _png(figure)
+
+
+def _speeds(axes: Any, rows: Sequence[Row]) -> None:
+    group, names = results.groups(rows), list(dict.fromkeys(row.size for row in rows))
+    own = {YARDSTICK, *(row.model for row in rows if not row.baseline)}
+    models = dict.fromkeys(row.model for row in rows if row.model not in own)
+    styles: dict[str, dict[str, Any]] = {GRAPH: {}, EAGER: DASHES}
+    for (model, color), mode in itertools.product(zip(models, BASELINES, strict=False), styles):
+        points = []
+        for row in rows:
+            if row.name == row.model and not row.baseline and row.mode == mode:
+                ratio = results.speedup(row, group[row.workload, row.task], model)
+                points += [(names.index(row.size), ratio)] if ratio else []
+        if points:
+            _line(axes, points, color, label=f"{model}, {mode}", **styles[mode])
+    axes.axhline(1, color="0.35", linewidth=1)
+    axes.set_title("One block, forward: times as fast as", loc="left", fontsize=13)
+    _scale(axes, "", "")
+    axes.set_xticks(range(len(names)), names)
+    axes.legend(fontsize=11, edgecolor="none", loc="upper left")
+
+
+def _shares(axes: Any, rows: Sequence[Row]) -> None:
+    labels = list(dict.fromkeys(_operation(row) for row in rows))
+    for task, offset, color in (("forward", -0.2, CANDIDATES[0]), ("backward", 0.2, CANDIDATES[1])):
+        own = {_operation(row): 100 * (row.share or 0) for row in rows if row.task == task}
+        places = [labels.index(label) + offset for label in own]
+        axes.barh(places, list(own.values()), 0.38, color=color, label=task)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_title("Operations at 2048 px: % of the floor", loc="left", fontsize=13)
+    axes.grid(True, axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=11, edgecolor="none", loc="lower right")
+
+
+def _operation(row: Row) -> str:
+    return f"{row.facts['op']}, {'×'.join(map(str, row.facts['window']))}"
+
+
 def _is_image(row: Row) -> bool:
     """In use: whole models at their own depth, not fused, or blocks."""
     known = row.facts
@@ -126,8 +186,7 @@ def _is_image(row: Row) -> bool:
         and (known.get("frames"), known.get("batch")) == (1, 1)
         and known.get("kind") in ("block", "model")
         and (known["kind"] == "block" or known["blocks"] == known["depth"])
-        and "width" in known
-        and row.model in row.name
+        and row.model != YARDSTICK
         and not row.name.endswith(("fused", "roll-and-mask", "fp8"))
     )
 
@@ -149,20 +208,15 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _points(rows: Sequence[Row], model: str, mode: str | None = None) -> Points:
-    """The shortest time at each size: of whole models where they were measured, else of blocks; in
+    """The shortest time at each size: of whole models, or of blocks where these have more sizes; in
     a mode, or in CUDA graphs where there are some."""
-    own = [row for row in rows if row.model == model and row.seconds]
-    for kind in ("model", "block"):
-        kept = [row for row in own if row.facts["kind"] == kind]
-        modes = {row.mode for row in kept}
-        wanted = mode or (GRAPH if GRAPH in modes else EAGER)
-        best: dict[int, float] = {}
-        for row in kept:
-            if row.mode == wanted:
-                best[row.tokens] = min(best.get(row.tokens, math.inf), row.whole or math.inf)
-        if best:
-            return sorted(best.items())
-    return []
+    wanted = mode or (GRAPH if any(row.mode == GRAPH for row in rows) else EAGER)
+    found: dict[str, dict[int, float]] = {"model": {}, "block": {}}
+    for row in rows:
+        if (row.model, row.mode) == (model, wanted) and row.whole:
+            best = found[row.facts["kind"]]
+            best[row.tokens] = min(best.get(row.tokens, math.inf), row.whole)
+    return sorted(max(found.values(), key=len).items())
 
 
 def _colors(rows: Sequence[Row]) -> dict[str, str]:
@@ -251,7 +305,8 @@ def _figure(panels: int, title: str) -> Figure:
 
 def _title(result: Result) -> str:
     where, dtype = result.where, result.settings["dtype"]
-    kind = ", depth × one measured block" if result.kind in ("compare", "block") else ""
+    blocks = result.kind in ("compare", "block", "gpu")
+    kind = ", depth × one measured block" if blocks else ""
     return f"One forward pass, {where}, {dtype}{kind}"
 
 
@@ -280,7 +335,7 @@ def _finish(
     axes.xaxis.set_minor_locator(NullLocator())
     _scale(axes, "tokens", unit)
     handles, _ = axes.get_legend_handles_labels()
-    axes.legend(handles=[*handles, *more], fontsize=11, edgecolor="none", loc="upper left")
+    axes.legend(handles=[*handles, *more], fontsize=11, edgecolor="none", loc="best")
 
 
 def _scale(axes: Any, x: str, y: str) -> None:

@@ -79,8 +79,9 @@ def _write(done: Result, out: Path, notes: Sequence[str]) -> str:
         text += f"\n![{caption}]({name})\n"
         files.write(picture, out / name)
     drawn = {name for _, name, _ in pictures}
-    for name in set(plots.names(done.kind)) - drawn:  # an earlier run's contradicts the table
-        (out / name).unlink(missing_ok=True)
+    for _, name, _ in plots.pictures(done.kind):
+        if name not in drawn:  # an earlier run's, which would contradict the table
+            (out / name).unlink(missing_ok=True)
     files.write(done.to_json(), out / f"{done.kind}.json")
     files.write(text, out / f"{done.kind}.md")
     names = [f"{done.kind}.json", f"{done.kind}.md", *(name for _, name, _ in pictures)]

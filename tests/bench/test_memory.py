@@ -17,7 +17,7 @@ from ptattn.cli import main
 @pytest.mark.parametrize(
     ("frames", "heads"),
     [
-        pytest.param(8, 4, id="short"),
+        pytest.param(8, 8, id="short"),
         pytest.param(48, 16, id="long", marks=pytest.mark.long),  # inputs of 1.4 GB
     ],
 )
@@ -35,6 +35,7 @@ def test_windows_of_a_video_take_no_memory_for_scores(frames, heads, shift):
     peak, _ = peaks.added(call, "cpu")
     if not peaks.reset():
         pytest.skip("this system does not reset a process's peak of memory")
+    print(peak / out.nbytes)
     assert out.nbytes <= peak < 4.3 * out.nbytes
 
 

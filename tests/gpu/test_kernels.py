@@ -46,7 +46,7 @@ WINDOWS = {
     "video": ((7, 9, 11), (4, 4, 4), (2, 2, 2)),
 }
 KEYS = (7, 64, 65, 128, 129, 300, 768)
-# Of the kernel for few keys, whose backward turns its tiles from 65 on, and of the one that loops.
+# Of the kernel for few keys, whose backward has larger tiles from 65 on, and of the one that loops.
 LENGTHS = ((100, 50), (100, 70), (100, 200))
 MEANS = {
     "image": ((16, 16), (4, 4)),
