@@ -123,4 +123,4 @@ def _info(options: argparse.Namespace, command: str) -> int:
 
 def _resolution(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    return workloads.image(height).side, workloads.image(width or height).side
+    return workloads.image(height, text).side, workloads.image(width or height, text).side

@@ -81,9 +81,9 @@ def measure(
     """
     pace = Pace()
     for i, workload in enumerate(workloads):
-        left = bench.deadline - time.monotonic()
-        watch.start(workload, min(left, sum(pace.expected(w, bench) for w in workloads[i:])))
         try:
+            left = bench.deadline - time.monotonic()
+            watch.start(workload, min(left, sum(pace.expected(w, bench) for w in workloads[i:])))
             reason = pace.too_late(workload, bench)
             rows = (
                 workload.blank(NOT_REACHED, reason)

@@ -158,7 +158,7 @@ class ModelWorkload:
             for name in makers:
                 for row, run in self._modes(entry, name, makers[name], gate, seen, bench):
                     if run is not None and seen is not model:
-                        run, _ = bind(theirs[name](), model, self.task)
+                        run, _ = bind(theirs[name](), model, self.task, graph=row.mode == GRAPH)
                     ran |= run is not None
                     yield row, run
             if ran:
@@ -175,41 +175,42 @@ class ModelWorkload:
     ) -> Iterator[tuple[Row, Run | None]]:
         baseline = not entry.is_proxy_tokenized or name.endswith(baselines.RELEASED)
 
-        def refused(problem: Exception, mode: str) -> Row:
-            status = REFUSED if baseline else FAILED
+        def refused(problem: Exception, mode: str, shown: str) -> Row:
+            status = REFUSED if baseline or shown != name else FAILED
             return self.row(
-                entry, name, baseline, mode=mode, status=status, note=first_line(problem)
+                entry, shown, baseline, mode=mode, status=status, note=first_line(problem)
             )
 
         try:
             own = make()
         except Exception as problem:  # refusals have many types
-            yield refused(problem, EAGER), None
+            yield refused(problem, EAGER, name), None
             return
         if own.for_inference and self.task != FORWARD:
             return
-        ways: list[tuple[str, Callable[[], Implementation]]] = [(EAGER, lambda: own)]
+        ways: list[tuple[str, str, Callable[[], Implementation]]] = [(EAGER, name, lambda: own)]
         if bench.compiled:
-            ways.append((COMPILED, own.compiled))
+            ways.append((COMPILED, name, own.compiled))
         if bench.device == "cuda":
-            ways.append((GRAPH, lambda: own))
+            ways.append((GRAPH, name, lambda: own))
         if bench.quantized and self.task == FORWARD and name != f"{entry.name} fused":
-            ways.append((COMPILED, lambda: own.fp8().compiled()))
-        for mode, way in ways:
+            # torchao takes some devices and layers alone: to refuse is no fault of the model's.
+            ways.append((COMPILED, f"{name} fp8", lambda: own.fp8().compiled()))
+        for mode, shown, way in ways:
             try:
                 with torch.set_grad_enabled(self.task != FORWARD):
                     chosen = way()
                     run, results = bind(chosen, model, self.task, graph=mode == GRAPH)
                     error = gate.check(chosen, results)
             except Exception as problem:  # as above
-                yield refused(problem, mode), None
+                yield refused(problem, mode, shown), None
                 if mode == EAGER:
                     return
                 continue
             known: dict[str, Any] = dict(mode=mode, error=error)
             if bench.rates is not None:
                 known["floor"] = self.floor(entry, bench.rates, chosen.name.endswith(" fused"))
-            yield self.row(entry, chosen.name, baseline, **known), run
+            yield self.row(entry, shown, baseline, **known), run
 
 
 def model_workloads(

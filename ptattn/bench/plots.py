@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,19 +31,20 @@ Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
 
 def draw(result: Result) -> list[tuple[str, str, bytes]]:
     """Caption, file and picture of each; none where there is nothing to draw."""
-    if result.kind == memory.KIND:
-        caption, picture = "Peak memory of training against frames", peaks(result)
-    else:
-        caption, picture = "Forward time against tokens", times(result)
-    name = "latency.png" if result.kind == "compare" else f"{result.kind}.png"
-    found = [] if picture is None else [(caption, name, picture)]
-    if result.kind == "gpu" and (speeds := speed(result)):
-        found.insert(
-            0, ("Speed against full attention, and against the floor", "speed.png", speeds)
-        )
-    if result.kind == "compare" and (counts := multiply_adds(result)):
-        found.insert(0, ("Multiply-adds against tokens", "gflops.png", counts))
-    return found
+    known = pictures(result.kind)
+    return [(text, name, png) for text, name, make in known if (png := make(result))]
+
+
+def pictures(kind: str) -> list[tuple[str, str, Callable[[Result], bytes | None]]]:
+    """Caption, file and maker of all that a result of this kind can have."""
+    if kind == memory.KIND:
+        return [("Peak memory of training against frames", f"{kind}.png", peaks)]
+    if kind == "compare":
+        first = [("Multiply-adds against tokens", "gflops.png", multiply_adds)]
+        return [*first, ("Forward time against tokens", "latency.png", times)]
+    first = [("Speed against full attention, and against the floor", "speed.png", speed)]
+    found = [("Forward time against tokens", f"{kind}.png", times)]
+    return [*first, *found] if kind == "gpu" else found
 
 
 # Images at batch 1.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from .. import files
@@ -48,8 +47,7 @@ def carry_out(
     finally:
         done.seconds = time.monotonic() - begin
         done.findings = findings.sentences(done)
-        known = any(row.timing or row.peak for row in done.rows)
-        names = _write(done, out, notes) if known or not done.interrupted else ""
+        names = _write(done, out, notes) if _found(done) or not done.interrupted else ""
     if not names:
         return 130
     tables.show(done, console(), notes)
@@ -65,9 +63,13 @@ def _written_now_and_then(
     for rows in found:
         done.rows += rows
         yield rows
-        if time.monotonic() - written > WRITE_EVERY:
+        if _found(done) and time.monotonic() - written > WRITE_EVERY:
             _write(done, out, notes)
             written = time.monotonic()
+
+
+def _found(done: Result) -> bool:
+    return any(row.timing or row.peak for row in done.rows)
 
 
 def _write(done: Result, out: Path, notes: Sequence[str]) -> str:
@@ -76,9 +78,10 @@ def _write(done: Result, out: Path, notes: Sequence[str]) -> str:
     for caption, name, picture in pictures:
         text += f"\n![{caption}]({name})\n"
         files.write(picture, out / name)
-    if not pictures:  # that of an earlier run would contradict the table
-        with suppress(FileNotFoundError):
-            (out / f"{done.kind}.png").unlink()
+    drawn = {name for _, name, _ in pictures}
+    for _, name, _ in plots.pictures(done.kind):
+        if name not in drawn:  # an earlier run's, which would contradict the table
+            (out / name).unlink(missing_ok=True)
     files.write(done.to_json(), out / f"{done.kind}.json")
     files.write(text, out / f"{done.kind}.md")
     names = [f"{done.kind}.json", f"{done.kind}.md", *(name for _, name, _ in pictures)]

@@ -13,11 +13,26 @@ from rich.table import Table
 
 from . import memory, results, units
 from .op_run import OTHERS
-from .results import COMPILED, EAGER, GPU_ALONE, GRAPH, PREDICTED, Result, Row, groups
+from .results import (
+    COMPILED,
+    EAGER,
+    ERROR,
+    FAILED,
+    GPU_ALONE,
+    GRAPH,
+    PREDICTED,
+    SKIPPED,
+    Result,
+    Row,
+    groups,
+)
 
 # A line of a table: the rows of one implementation, a row per mode.
 Line = list[Row]
 MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
+
+
+MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
 
 
 class Column(NamedTuple):
@@ -224,7 +239,9 @@ def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
         return lambda line: show(line[0].facts[name])
 
     def block(line: Line) -> str:
-        return units.seconds(line[0].seconds) if line[0].seconds else "skipped"
+        if line[0].seconds:
+            return units.seconds(line[0].seconds)
+        return line[0].status if line[0].status in (FAILED, ERROR) else SKIPPED
 
     def least(line: Line) -> str:
         return units.seconds(line[0].timing.least) if line[0].timing else ""
@@ -360,10 +377,14 @@ def _memory(rows: Sequence[Row]) -> Section:
 
 def _table(section: Section, columns: Sequence[Column]) -> Table:
     """A narrow one of models has their workload and task in a line of its own."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    narrow = not all(column.wide for column in columns)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=narrow)
     for column in columns:
-        wrap = column.title.startswith("vs ")
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not wrap)
+        wrap = column.left or column.title.startswith("vs ")
+        table.add_column(
+            column.title, justify="left" if column.left else "right", no_wrap=not wrap,
+            overflow="fold", max_width=None if column.wide else MOST_WIDE,
+        )  # fmt: skip
     place = ""
     for line in section.lines:
         if place != section.apart(line[0]):

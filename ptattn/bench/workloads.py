@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,14 +178,15 @@ def _block(model: str, size: Size) -> Block:
     return Block(_FAMILIES[family], config, grid)
 
 
+@functools.cache
 def _parameters(model: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in create_model(model).parameters())
 
 
-def image(text: str) -> Size:
-    """Of an argument such as "512"."""
-    return _size(text, text, "1")
+def image(side: str, text: str | None = None) -> Size:
+    """Of an argument such as "512", or a side of one such as "512x256"."""
+    return _size(text or side, side, "1")
 
 
 def video(text: str) -> Size:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ptattn
-from ptattn.bench import op_workloads, op_gate
+from ptattn.bench import op_gate, op_workloads
 from ptattn.packed import unpacked
 from tests.support.cases import GRIDS, HEAD_DIMS, LAYOUTS
 from tests.support.checks import dense, each, means, tokens_of, windows
