@@ -27,6 +27,7 @@ SIZE = 17, 6.25  # inches of three panels
 PANELS = 3
 
 Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
+Make = Callable[[Result], bytes | None]
 
 
 def draw(result: Result) -> list[tuple[str, str, bytes]]:
@@ -35,16 +36,17 @@ def draw(result: Result) -> list[tuple[str, str, bytes]]:
     return [(text, name, png) for text, name, make in known if (png := make(result))]
 
 
-def pictures(kind: str) -> list[tuple[str, str, Callable[[Result], bytes | None]]]:
+def pictures(kind: str) -> list[tuple[str, str, Make]]:
     """Caption, file and maker of all that a result of this kind can have."""
     if kind == memory.KIND:
         return [("Peak memory of training against frames", f"{kind}.png", peaks)]
+    name = "latency.png" if kind == "compare" else f"{kind}.png"
+    found: list[tuple[str, str, Make]] = [("Forward time against tokens", name, times)]
     if kind == "compare":
-        first = [("Multiply-adds against tokens", "gflops.png", multiply_adds)]
-        return [*first, ("Forward time against tokens", "latency.png", times)]
-    first = [("Speed against full attention, and against the floor", "speed.png", speed)]
-    found = [("Forward time against tokens", f"{kind}.png", times)]
-    return [*first, *found] if kind == "gpu" else found
+        found.insert(0, ("Multiply-adds against tokens", "gflops.png", multiply_adds))
+    if kind == "gpu":
+        found.insert(0, ("Speed against full attention and the floor", "speed.png", speed))
+    return found
 
 
 # Images at batch 1.
