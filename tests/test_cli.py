@@ -151,7 +151,7 @@ def test_compare_on_the_kernels(
 ) -> None:
     """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
     monkeypatch.setattr(harness, "Isolated", Here)
-    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "9"]
+    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "600"]
     arguments = ["compare", *MODELS, *sizes, "--device", "cpu", "--backend", "triton"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
