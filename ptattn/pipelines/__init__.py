@@ -7,10 +7,12 @@ except ImportError as error:
     raise ImportError(f"{error}; it comes with: pip install ptattn[t2x]") from error
 
 from .autoencoder import compression, decode, encode
+from .causal_vae import CausalVAE
 from .pipeline import PTDiTPipeline, VideoPipelineOutput
 from .transformer import PTDiTTransformer
 
 __all__ = [
+    "CausalVAE",
     "PTDiTPipeline",
     "PTDiTTransformer",
     "VideoPipelineOutput",

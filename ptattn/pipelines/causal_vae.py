@@ -39,7 +39,9 @@ TEMPORAL, SPATIAL = 4, 8  # frames per latent frame after the first, pixels a si
 class Level(nn.Module):
     """Residual blocks, the first of which changes the width, and what changes the size."""
 
-    def __init__(self, widths: Sequence[int], groups: int, causal: bool, **resize: nn.Module) -> None:
+    def __init__(
+        self, widths: Sequence[int], groups: int, causal: bool, **resize: nn.Module
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(a, b, groups, causal) for a, b in zip(widths, widths[1:], strict=False)
@@ -87,7 +89,9 @@ class _Half(nn.Module):
 class Encoder(_Half):
     """(B, 3, F, H, W) to (B, 2·latent_channels, f, h, w)."""
 
-    def __init__(self, widths: Sequence[int], layers: int, latent_channels: int, groups: int) -> None:
+    def __init__(
+        self, widths: Sequence[int], layers: int, latent_channels: int, groups: int
+    ) -> None:
         super().__init__()
         self.conv_in = Conv2d(3, widths[0], 3)
         self.down = nn.ModuleList()
@@ -111,7 +115,9 @@ class Encoder(_Half):
 class Decoder(_Half):
     """(B, latent_channels, f, h, w) to (B, 3, F, H, W)."""
 
-    def __init__(self, widths: Sequence[int], layers: int, latent_channels: int, groups: int) -> None:
+    def __init__(
+        self, widths: Sequence[int], layers: int, latent_channels: int, groups: int
+    ) -> None:
         super().__init__()
         self.conv_in = CausalConv3d(latent_channels, widths[-1])
         self.mid = Middle(widths[-1], groups)

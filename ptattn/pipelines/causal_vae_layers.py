@@ -87,7 +87,9 @@ class GroupNorm(nn.GroupNorm):
             y = F.group_norm(x.movedim(-1, 1), self.num_groups, self.weight, self.bias, self.eps)
             y = y.movedim(1, -1)
             return Plain(F.silu(y) if silu else y)
-        mean, var = (m.repeat_interleave(x.shape[-1] // self.num_groups, 1) for m in self._moments(x))
+        mean, var = (
+            m.repeat_interleave(x.shape[-1] // self.num_groups, 1) for m in self._moments(x)
+        )
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return Affine(x, scale[:, None, None, None], shift[:, None, None, None], silu)
@@ -277,7 +279,9 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x, silu=False).read(0, x.shape[2])
         # As (B·F, 1, H·W, C), torch takes a kernel that never holds all scores.
-        q, k, v = (layer(h).flatten(0, 1).flatten(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(h).flatten(0, 1).flatten(1, 2)[:, None] for layer in (self.q, self.k, self.v)
+        )
         h = F.scaled_dot_product_attention(q, k, v).view_as(x)
         return self.proj_out(h, plus=Plain(x).read)
 

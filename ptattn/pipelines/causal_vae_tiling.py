@@ -93,7 +93,9 @@ class Tiling(AutoencoderMixin):
         out = z.new_empty(len(z), 3, 1 + (frames - 1) * time, height * side, width * side)
         return self._tiled(self._pixels, z, out, pixels=False)
 
-    def _tiled(self, code: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, pixels: bool) -> Tensor:
+    def _tiled(
+        self, code: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, pixels: bool
+    ) -> Tensor:
         frames, size = self._tile(pixels)
         _, made = self._tile(not pixels)  # a tile's side in the result
         blend = round(made * self.tile_overlap_factor)
