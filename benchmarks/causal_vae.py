@@ -1,12 +1,13 @@
-"""Time and peak memory of one decode by the autoencoder, full size and random, beside the plain way.
+"""Time and peak memory of one decode by the autoencoder, at full size, beside the plain way.
 
     python -m benchmarks.causal_vae 1024               # an image of 1024 x 1024 pixels
     python -m benchmarks.causal_vae 512 --frames 29    # a clip
     python -m benchmarks.causal_vae 1024 --way plain   # whole clips, three kernel frames, NCDHW
 
 The plain way is the textbook's: every padded, normalised and enlarged copy whole, scores of the
-attention written out. Both are compared on a small clip first. Memory is the process's peak on a CPU,
-weights included, and torch's peak of allocations on a GPU.
+attention written out. Both are compared on a small clip first. Memory is the most that the process
+had on a CPU, weights included, and the most that torch had allocated on a GPU. Beside it stands the
+most bytes of tensors that were alive at once beside the weights, counted on the meta device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptattn.bench.memory import LiveBytes
 from ptattn.pipelines import CausalVAE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,7 +36,7 @@ def plain_decode(vae: CausalVAE, z: Tensor) -> Tensor:
     for step in decoder.mid.children():
         x = _step(step, x)
     for level in reversed(decoder.up):
-        for step in level.steps():
+        for step in (*level.block, *([level.upsample] if hasattr(level, "upsample") else [])):
             x = _step(step, x)
     return _conv(decoder.conv_out, F.silu(_norm(decoder.norm_out, x)))
 
@@ -92,6 +94,9 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
 
+    frames, side = 1 + (options.frames - 1) // 4, options.side // 8
+    shape = 1, 4, frames, side, side
+    live = _live_bytes(options.way, shape, dtype)
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
         vae = CausalVAE().to(dtype).eval()
@@ -100,40 +105,49 @@ def main() -> None:
         error = float((got - expected).float().norm() / expected.float().norm())
         if error > TOLERANCE[options.dtype]:
             raise SystemExit(f"both ways differ by {error:.1e}")
-        if options.way == "tiled":
-            vae.enable_tiling()
-        decode: Callable[[Tensor], Tensor] = (
-            (lambda z: plain_decode(vae, z))
-            if options.way == "plain"
-            else (lambda z: vae.decode(z).sample)
-        )
-        frames, side = 1 + (options.frames - 1) // 4, options.side // 8
-        z = torch.randn(1, 4, frames, side, side).to(dtype)
-        repeats = 1 if device.type == "cpu" else 3
-        seconds = min(_timed(decode, z) for _ in range(repeats))
+        z = torch.randn(shape).to(dtype)
+        decode = _way(vae, options.way)
+        times = [_timed(decode, z) for _ in range(1 if device.type == "cpu" else 3)]
+    seconds, busy = min(times)
     if device.type == "cuda":
         where, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
-        where, peak = (
-            f"{torch.get_num_threads()} threads",
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        )
+        where = f"{torch.get_num_threads()} threads, {busy:.0f} s of cores"
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"{options.way}, {options.frames} x {options.side}², {options.dtype}, {where}, torch "
-        f"{torch.__version__}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB; both ways differ by "
-        f"{error:.1e} on a small clip"
+        f"{options.way}, {options.frames} x {options.side}², {options.dtype}, torch "
+        f"{torch.__version__}: {seconds:.2f} s ({where}), peak {peak / 1e9:.2f} GB, of tensors "
+        f"{live / 1e9:.2f} GB; both ways differ by {error:.1e} on a small clip"
     )
 
 
-def _timed(decode: Callable[[Tensor], Tensor], z: Tensor) -> float:
+def _way(vae: CausalVAE, way: str) -> Callable[[Tensor], Tensor]:
+    if way == "plain":
+        return lambda z: plain_decode(vae, z)
+    if way == "tiled":
+        vae.enable_tiling()
+    return lambda z: vae.decode(z).sample
+
+
+def _live_bytes(way: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    with torch.device("meta"), torch.no_grad():
+        vae = CausalVAE().to(dtype)
+        z = torch.empty(shape, dtype=dtype)
+        with LiveBytes([*vae.parameters(), z]) as live:
+            _way(vae, way)(z)
+    return live.peak
+
+
+def _timed(decode: Callable[[Tensor], Tensor], z: Tensor) -> tuple[float, float]:
+    """Seconds, and those of the cores."""
     if z.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     decode(z)
     if z.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - busy
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"writes (default: SRC with the ending .json, else the sizes of {RELEASED})")  # fmt: skip
     add("--key", help="of the weights, where the released file holds several sets, such as ema")
     add("--vae", action="store_true",
-        help="the autoencoder: by default averaged weights, and the config.json beside the file")  # fmt: skip
+        help="the autoencoder; of several sets of weights, averaged ones come first")  # fmt: skip
     parser.set_defaults(run=run)
 
 

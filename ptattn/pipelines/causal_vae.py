@@ -7,7 +7,8 @@ decoder goes the way back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +45,18 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(a, b, groups, causal) for a, b in zip(widths, widths[1:], strict=False)
+            ResnetBlock(*pair, groups, causal) for pair in itertools.pairwise(widths)
         )
         for name, module in resize.items():
             self.add_module(name, module)
 
-    def steps(self) -> list[nn.Module]:
-        return [*self.block, *(m for name, m in self.named_children() if name != "block")]
+
+def _steps(levels: Any) -> list[nn.Module]:
+    """What runs in the levels, one after the other."""
+    parts = (part for level in levels for part in level.children())
+    return [
+        step for part in parts for step in (part if isinstance(part, nn.ModuleList) else [part])
+    ]
 
 
 class Middle(nn.Module):
@@ -66,9 +72,9 @@ class Middle(nn.Module):
 class _Half(nn.Module):
     """What encoder and decoder share: checkpointed steps, and the last convolution."""
 
-    mid: Middle
     norm_out: GroupNorm
     conv_out: CausalConv3d
+    _gradient_checkpointing_func: Callable[..., Tensor]  # diffusers sets it
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,10 +111,10 @@ class Encoder(_Half):
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)
         x = x.movedim(1, -1).contiguous().flatten(0, 1)[:, None]  # each frame by itself
-        first, second, *others = (level.steps() for level in self.down)
-        x = self._run(self.conv_in(x), [*first, *second[:-1]])
+        *images, shrink = _steps(self.down[:2])
+        x = self._run(self.conv_in(x), images)
         x = x.squeeze(1).unflatten(0, (batch, -1))
-        x = self._run(x, [second[-1], *sum(others, []), *self.mid.children()])
+        x = self._run(x, [shrink, *_steps(self.down[2:]), *self.mid.children()])
         return self._finish(x)
 
 
@@ -130,8 +136,8 @@ class Decoder(_Half):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z.movedim(1, -1).contiguous())
-        levels = [step for level in reversed(self.up) for step in level.steps()]
-        return self._finish(self._run(x, [*self.mid.children(), *levels]))
+        steps = [*self.mid.children(), *_steps(reversed(self.up))]
+        return self._finish(self._run(x, steps))
 
 
 class CausalVAE(ModelMixin, Tiling, ConfigMixin):

@@ -9,7 +9,7 @@ enlarged copies, nor what a library allocates for itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__(groups, channels, eps=EPS)
 
-    def forward(self, x: Tensor, silu: bool = True) -> Rows:
+    def forward(self, x: Tensor, silu: bool = True) -> Rows:  # type: ignore[override]
         if torch.is_grad_enabled():
             y = F.group_norm(x.movedim(-1, 1), self.num_groups, self.weight, self.bias, self.eps)
             y = y.movedim(1, -1)
@@ -118,15 +118,15 @@ class GroupNorm(nn.GroupNorm):
 class Conv2d(nn.Conv2d):
     """`convolve` with a kernel of one frame."""
 
-    def forward(self, x: Tensor | Rows, **settings: object) -> Tensor:
-        return convolve(self, x, **settings)  # type: ignore[arg-type]
+    def forward(self, x: Tensor | Rows, **settings: Any) -> Tensor:  # type: ignore[override]
+        return convolve(self, x, **settings)
 
 
 class Conv3d(nn.Conv3d):
     """`convolve` with a kernel of several frames."""
 
-    def forward(self, x: Tensor | Rows, **settings: object) -> Tensor:
-        return convolve(self, x, **settings)  # type: ignore[arg-type]
+    def forward(self, x: Tensor | Rows, **settings: Any) -> Tensor:  # type: ignore[override]
+        return convolve(self, x, **settings)
 
 
 class CausalConv3d(nn.Module):
@@ -142,7 +142,7 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = Conv3d(in_channels, out_channels, kernel, stride)
 
-    def forward(self, x: Tensor | Rows, **settings: object) -> Tensor:
+    def forward(self, x: Tensor | Rows, **settings: Any) -> Tensor:
         return self.conv(x, **settings)
 
 
@@ -161,7 +161,7 @@ def convolve(
         x: (B, F, H, W, C).
         pad: zeros before and behind rows and columns; by default half the kernel.
         plus: gives rows to add to the result.
-        into: memory that the result may take, by slabs; it may be what `x` and `plus` read.
+        into: memory that the result may take; `plus` may read it, and `x` unless it is `Plain`.
 
     Returns:
         (B, F', H', W', C').
@@ -177,28 +177,30 @@ def convolve(
     rows = (height + before + behind - kernel) // stride + 1
     row_bytes = batch * (frames + front) * width * channels * stride * source.dtype.itemsize
 
-    out, late = into, None
-    for first, last in _slabs(rows, row_bytes):
+    def padded(first: int, last: int) -> Tensor:
+        """What output rows are made of, but for the padding that torch adds on both sides."""
         begin, end = first * stride - before, (last - 1) * stride - before + kernel
         part = source.read(max(begin, 0), min(end, height))
         if front:
             part = torch.cat([part[:, :1]] * front + [part], 1)
-        # What is the same on both sides, torch's convolution pads by itself.
         right = behind - before
         if begin < 0 or end > height or right:
             part = F.pad(part, (0, 0, 0, right, max(-begin, 0), max(end - height, 0)))
+        return part
+
+    slabs = _slabs(rows, row_bytes)
+    part = padded(*slabs[0])
+    for (first, last), following in zip(slabs, [*slabs[1:], None], strict=True):
         y = _convolved(part, weight, conv.bias, conv.stride, before)
         if plus is not None:
             y = y + plus(first, last) if torch.is_grad_enabled() else y.add_(plus(first, last))
-        if last - first == rows:
+        if len(slabs) == 1:
             return y
-        if late is None:
-            if out is None or out.dtype != y.dtype:
-                out = y.new_empty(*y.shape[:2], rows, *y.shape[3:])
-        else:
-            out[:, :, late[0] : late[1]] = late[2]
-        late = first, last, y  # once the next slab, which reads a row of this one, is read
-    out[:, :, late[0] : late[1]] = late[2]
+        if first == 0:
+            out = y.new_empty(*y.shape[:2], rows, *y.shape[3:]) if into is None else into
+        if following is not None:  # read before what it shares with this one is written
+            part = padded(*following)
+        out[:, :, first:last] = y
     return out
 
 

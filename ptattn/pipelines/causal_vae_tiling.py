@@ -1,4 +1,4 @@
-"""Tiles of the causal video autoencoder: large clips in parts that overlap, as the release has it."""
+"""Tiles of the causal video autoencoder: large clips in parts that overlap, as in the release."""
 
 from __future__ import annotations
 

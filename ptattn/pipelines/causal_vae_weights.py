@@ -1,7 +1,7 @@
 """The autoencoder's weights on disk: Open-Sora-Plan's folder in and out, and ours.
 
-Both use the same names. Open-Sora-Plan's folder holds config.json and a checkpoint of its trainer,
-which has averaged weights (`ema_state_dict`), the model's (`gen_model` within `state_dict`) and more.
+Both use the same names. Open-Sora-Plan's folder holds config.json and a checkpoint of its trainer:
+averaged weights (`ema_state_dict`), the model's (`gen_model` within `state_dict`), and more.
 """
 
 from __future__ import annotations

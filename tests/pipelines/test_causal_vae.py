@@ -1,4 +1,4 @@
-"""The released model's autoencoder: the original's own outputs and gradients, and what breaks them."""
+"""The released model's autoencoder: the original's outputs and gradients, and what breaks them."""
 
 import json
 from pathlib import Path
@@ -86,15 +86,20 @@ def test_every_case_of_the_golden_files_is_run():
     )
 
 
-@pytest.mark.parametrize("slab", [2**27, 20_000], ids=["whole", "slabs"])
+@pytest.mark.parametrize(
+    "slab", [2**27, pytest.param(20_000, marks=pytest.mark.long)], ids=["whole", "slabs"]
+)
 @each_case
 def test_outputs_are_the_original_s(vae, path, case, slab, monkeypatch):
     monkeypatch.setattr(causal_vae_layers, "SLAB", slab)
     assert error(vae, path, case) <= 1e-5
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("case", [name for path, name in CASES if path == SMALL])
+@pytest.mark.parametrize(
+    ("case", "checkpointed"),
+    [(name, False) for path, name in CASES if path == SMALL]
+    + [("decode_image", True), ("encode_video", True)],
+)
 def test_gradients_are_the_original_s(vae, case, checkpointed):
     if checkpointed:
         vae.enable_gradient_checkpointing()
@@ -128,9 +133,9 @@ def test_the_distribution_is_the_original_s(vae):
 def test_a_gradient_goes_through_tiles(vae):
     """By finite differences, in float64: blending writes in place."""
     vae.double().requires_grad_(False)
-    vae.enable_tiling(32, 5, 3, 0.25)
+    vae.enable_tiling(16, 5, 2, 0.5)
     torch.manual_seed(0)
-    z, along = torch.randn(2, 1, 4, 4, 4, 6, dtype=torch.float64)
+    z, along = torch.randn(2, 1, 4, 2, 2, 3, dtype=torch.float64)
     z.requires_grad_()
     out = vae.decode(z).sample
     probe = torch.randn_like(out)
@@ -184,15 +189,25 @@ def _blend_with_raw(tile, neighbour, dim, most):
 
 LAYERS, TILING = "ptattn.pipelines.causal_vae_layers", "ptattn.pipelines.causal_vae_tiling"
 FAULTS = {
-    "zeros in front": (f"{LAYERS}.CausalConv3d.forward", _zeros_in_front, SMALL, "decode_video"),
+    "zeros in front": (
+        f"{LAYERS}.CausalConv3d.forward",
+        _zeros_in_front,
+        EDGES,
+        "decode_two_frames",
+    ),
     "first frame not alone": (
         f"{LAYERS}._twice_the_frames",
         _no_first_frame,
-        SMALL,
-        "decode_video",
+        EDGES,
+        "decode_two_frames",
     ),
-    "norm of each frame": (f"{LAYERS}.GroupNorm.forward", _norm_per_frame, SMALL, "decode_video"),
-    "no blending": (f"{TILING}._blend", lambda *_: None, EDGES, "tiled_decode"),
+    "norm of each frame": (
+        f"{LAYERS}.GroupNorm.forward",
+        _norm_per_frame,
+        EDGES,
+        "decode_two_frames",
+    ),
+    "no blending": (f"{TILING}._blend", lambda *_: None, EDGES, "tiled_encode"),
     "blending to 1": (f"{TILING}._blend", _blend_with_raw, EDGES, "tiled_decode"),
 }
 
@@ -203,22 +218,24 @@ def test_the_golden_files_show_what_is_wrong(vae, where, wrong, path, case, monk
     assert error(vae, path, case) > 1e-2
 
 
-def test_symmetric_padding_shows(vae, monkeypatch):
-    """Down-sampling pads on the right and bottom only; an odd side is where both agree in size."""
+def test_padding_on_the_other_side_shows(vae, monkeypatch):
+    """Down-sampling pads on the right and bottom."""
     convolve = causal_vae_layers.convolve
 
-    def left(conv, x, *, pad=None, **settings):
-        return convolve(conv, x, pad=(1, 0) if pad == (0, 1) else pad, **settings)
+    def turned(conv, x, *, pad=None, **settings):
+        if pad != (0, 1):
+            return convolve(conv, x, pad=pad, **settings)
+        flipped = convolve(Flipped(conv), x.flip(2, 3), pad=pad, **settings)
+        return flipped.flip(2, 3)
 
-    def padded_columns(x, weight, bias, stride, side):
-        return convolved(x, weight, bias, stride, side)
+    class Flipped:
+        """A mirrored kernel on a mirrored clip pads on the left and top."""
 
-    convolved = causal_vae_layers._convolved
-    monkeypatch.setattr(f"{LAYERS}.convolve", left)
-    monkeypatch.setattr(f"{LAYERS}._convolved", padded_columns)
-    with torch.no_grad():
-        output, expected, _ = run(vae, EDGES, "encode_uneven")
-    assert output.shape != expected.shape or relative_error(output, expected) > 1e-2
+        def __init__(self, conv):
+            self.weight, self.bias, self.stride = conv.weight.flip(-2, -1), conv.bias, conv.stride
+
+    monkeypatch.setattr(f"{LAYERS}.convolve", turned)
+    assert error(vae, SMALL, "encode_image") > 1e-2
 
 
 # Ways that must not change the result.
@@ -231,7 +248,7 @@ def test_slabs_leave_no_trace(vae, monkeypatch):
     with torch.no_grad():
         before = z.clone(), x.clone()
         pixels, moments = vae.decode(z).sample, vae.encode(x).latent_dist.parameters
-        for slab in (1, 5_000, 40_000, 200_000):
+        for slab in (1, 40_000):
             monkeypatch.setattr(causal_vae_layers, "SLAB", slab)
             assert relative_error(vae.decode(z).sample, pixels) <= 1e-5
             assert relative_error(vae.encode(x).latent_dist.parameters, moments) <= 1e-5
@@ -264,14 +281,14 @@ def test_a_norm_far_from_zero_keeps_its_digits(monkeypatch):
     assert relative_error(got.double(), expected) < 1e-3
 
 
-@pytest.mark.parametrize("case", ["decode_image", "decode_video", "encode_image"])
+@pytest.mark.parametrize("case", ["decode_image", "encode_image"])  # of videos, CPUs are slow
 def test_bf16_errs_no_more_than_the_plain_way(vae, weights, case, monkeypatch):
     """A frame's kernels are summed before they are rounded, norms are rounded once."""
     path = SMALL
     with torch.no_grad():
         exact, _, _ = run(vae.double(), path, case, torch.float64)
         vae.load_state_dict(weights)
-        ours, _, x = run(vae.bfloat16(), path, case, torch.bfloat16)
+        ours, _, _ = run(vae.bfloat16(), path, case, torch.bfloat16)
     plain = run(vae.requires_grad_(), path, case, torch.bfloat16)[0]  # norms by torch
     assert relative_error(ours.double(), exact) <= 1.1 * relative_error(plain.double(), exact)
     assert relative_error(ours.double(), exact) < 4e-2
@@ -293,7 +310,7 @@ def test_nothing_beyond_a_tile_is_coded_in_one_pass(vae):
         vae.disable_tiling()
 
 
-@pytest.mark.parametrize("size", [(1, 8, 58), (9, 33, 26), (6, 56, 8), (13, 32, 57)])
+@pytest.mark.parametrize("size", [(1, 8, 58), (9, 33, 26), (6, 32, 57)])
 def test_tiles_cover_every_size(vae, size):
     """Also where the last tile would be too narrow for a latent."""
     frames, height, width = size
@@ -379,7 +396,7 @@ def test_offloaded_and_cast_weights_give_the_same(vae):
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(vae, torch.device("cpu"))
     assert all(p.is_meta for p in vae.parameters())
-    for path, case in (CASES[1], CASES[3]):
+    for path, case in (CASES[0], CASES[3]):
         assert error(vae, path, case) <= 1e-5
 
 
@@ -391,7 +408,7 @@ def test_layerwise_casting(vae):
 
 def test_autocast(vae):
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(vae, SMALL, "decode_video") < 5e-2
+        assert error(vae, SMALL, "encode_image") < 5e-2
 
 
 @pytest.mark.parametrize(
