@@ -9,6 +9,7 @@ except ImportError as error:
 from .autoencoder import compression, decode, encode
 from .causal_vae import CausalVAE
 from .pipeline import PTDiTPipeline, VideoPipelineOutput
+from .released import qihoo_t2i
 from .transformer import PTDiTTransformer
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "compression",
     "decode",
     "encode",
+    "qihoo_t2i",
 ]
