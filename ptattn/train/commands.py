@@ -1,4 +1,4 @@
-"""The command lines of `ptattn train` and `ptattn sample`."""
+"""The command lines of `ptattn train`, `ptattn encode` and `ptattn sample`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PIPELINE = "model_index.json"  # what diffusers writes into the folder of a pipe
 
 
 def add_parsers(commands: Any) -> None:
-    """Add `train` and `sample` to the subparsers of `ptattn`."""
+    """Add `train`, `encode` and `sample` to the subparsers of `ptattn`."""
     train = commands.add_parser(
         "train",
         help="train a model on your data, or go on with a run",
@@ -38,6 +38,32 @@ def add_parsers(commands: Any) -> None:
     )
     train.add_argument("--minutes", metavar="MINUTES", type=number, help="stop after that long")
     train.set_defaults(run=_train)
+
+    encode = commands.add_parser(
+        "encode",
+        help="your images or videos to latents, to train on",
+        description="Encode a folder of images or videos, with captions or with subfolders as "
+        "classes, by an autoencoder. A configuration trains on the result with the data.source "
+        "latents.",
+    )
+    encode.add_argument("folder", metavar="FOLDER", type=Path, help="of images or videos")
+    encode.add_argument("out", metavar="OUT", type=Path, help="to write; nothing may be there yet")
+    encode.add_argument(
+        "--vae", metavar="FOLDER", type=Path, required=True, help="of the autoencoder"
+    )
+    encode.add_argument(
+        "--size", metavar="HEIGHTxWIDTH", type=_size, required=True,
+        help="in pixels; pictures are scaled and cropped to it",
+    )  # fmt: skip
+    encode.add_argument(
+        "--frames", type=count, default=1, help="of pieces of videos (default: 1, images)"
+    )
+    encode.add_argument(
+        "--captions", metavar="FILE", type=Path,
+        help="JSON lines, as for ptattn train (default: metadata.jsonl in FOLDER, if there)",
+    )  # fmt: skip
+    encode.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    encode.set_defaults(run=_encode)
 
     sample = commands.add_parser(
         "sample",
@@ -80,6 +106,16 @@ def _train(options: argparse.Namespace, command: str) -> int:
         except KeyboardInterrupt:
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
             raise
+    return 0
+
+
+def _encode(options: argparse.Namespace, command: str) -> int:
+    with _clear_errors():
+        from .encode import encode
+
+        names = ("folder", "out", "vae", "size", "frames", "captions", "seed")
+        for line in encode(**{name: getattr(options, name) for name in names}):
+            print(line)
     return 0
 
 
