@@ -26,8 +26,9 @@ class DataConfig:
     """Where examples come from.
 
     Args:
-        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", "latents" that
-            `ptattn encode` makes of them, or a function of yours as "module:function" (`data.load`).
+        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", what
+            `ptattn encode` makes of them, "latents", or a function of yours as "module:function"
+            (`data.load`).
         size: height and width in pixels; pictures are scaled and cropped to it. Of latents, theirs.
         frames: of a video or views around an object; 1 for images. Of latents, theirs.
         folder: of your own images, videos or latents.

@@ -124,9 +124,8 @@ def load_vae(folder: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
     name = files.read_json(path).get("_class_name")
-    family = (
-        pipelines.CausalVAE if name == "CausalVAE" else getattr(need("diffusers"), str(name), 0)
-    )
+    known: Any = pipelines if name == "CausalVAE" else need("diffusers")
+    family: Any = getattr(known, str(name), None)
     if not hasattr(family, "decode"):
         raise ValueError(f"{path}: _class_name must be of an autoencoder; got {name!r}")
     return family.from_pretrained(folder).eval().requires_grad_(False)
