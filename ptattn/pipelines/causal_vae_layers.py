@@ -96,23 +96,22 @@ class GroupNorm(nn.GroupNorm):
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of every group, (B, groups), in float32 at least, by slabs."""
-        means, squares, counts = [], [], []
-        height = x.shape[2]
+        height, groups = x.shape[2], (self.num_groups, -1)
+        found: list[tuple[float, Tensor, Tensor]] = []  # a slab's share, its channels' moments
         for first, last in _slabs(height, x.nbytes // height):
             rows = x[:, :, first:last].to(torch.promote_types(x.dtype, torch.float32))
-            counts.append(rows[0, ..., 0].numel())
+            count = rows[0, ..., 0].numel()
             # Columns first: torch adds what lies side by side fastest.
-            means.append(rows.sum(3).sum((1, 2)) / counts[-1])
-            rows = rows - means[-1][:, None, None, None]
-            squares.append(rows.square_().sum(3).sum((1, 2)) / counts[-1])
-        weight = torch.tensor(counts, dtype=means[0].dtype, device=x.device)
-        weight = (weight / weight.sum() * self.num_groups / x.shape[-1])[:, None, None, None]
-        mean, square = (
-            torch.stack(parts).unflatten(2, (self.num_groups, -1)) for parts in (means, squares)
-        )  # (slabs, B, groups, C / groups)
-        overall = (weight * mean).sum((0, 3), keepdim=True)
-        var = (weight * (square + (mean - overall).square())).sum((0, 3))
-        return overall[0, ..., 0], var
+            mean = rows.sum(3).sum((1, 2)) / count
+            var = (rows - mean[:, None, None, None]).square_().sum(3).sum((1, 2)) / count
+            found.append(
+                ((last - first) / height, mean.unflatten(1, groups), var.unflatten(1, groups))
+            )
+        mean = torch.stack([share * own.mean(2) for share, own, _ in found]).sum(0)
+        parts = [
+            share * (var + (own - mean[..., None]).square()).mean(2) for share, own, var in found
+        ]
+        return mean, torch.stack(parts).sum(0)
 
 
 class Conv2d(nn.Conv2d):
