@@ -96,6 +96,7 @@ class Tiling(AutoencoderMixin):
     def _tiled(
         self, code: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, pixels: bool
     ) -> Tensor:
+        """Fill `out` with what `code` makes of tiles of `x`, chunk by chunk, row by row."""
         frames, size = self._tile(pixels)
         _, made = self._tile(not pixels)  # a tile's side in the result
         blend = round(made * self.tile_overlap_factor)
@@ -116,12 +117,13 @@ class Tiling(AutoencoderMixin):
                         _blend(tile, left, 4, blend)
                     below.append(tile[..., -blend:, :].clone() if blend else tile)
                     left = tile
-                    new = tile[:, :, 1 if begin else 0 :, :kept, :kept]
-                    t, h, w = new.shape[2:]
-                    y, x0 = i * kept, j * kept
-                    out[:, :, done : done + t, y : y + h, x0 : x0 + w] = new
+                    # The first frame of a chunk was the last one of the chunk before.
+                    part = tile[:, :, 1 if begin else 0 :, :kept, :kept]
+                    new, height, width = part.shape[2:]
+                    rest = out[:, :, done : done + new, i * kept :, j * kept :]
+                    rest[..., :height, :width] = part
                 above = below
-            done += t
+            done += new
         return out
 
 

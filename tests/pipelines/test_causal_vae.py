@@ -187,6 +187,12 @@ def _blend_with_raw(tile, neighbour, dim, most):
     begin.copy_(end * (1 - weight) + begin * weight)
 
 
+def _attention_over_frames(self, x):
+    h = self.norm(x, silu=False).read(0, x.shape[2])
+    q, k, v = (layer(h).flatten(1, 3)[:, None] for layer in (self.q, self.k, self.v))
+    return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).view_as(x))
+
+
 LAYERS, TILING = "ptattn.pipelines.causal_vae_layers", "ptattn.pipelines.causal_vae_tiling"
 FAULTS = {
     "zeros in front": (
@@ -207,6 +213,12 @@ FAULTS = {
         EDGES,
         "decode_two_frames",
     ),
+    "attention over frames": (
+        f"{LAYERS}.AttnBlock.forward",
+        _attention_over_frames,
+        EDGES,
+        "decode_two_frames",
+    ),
     "no blending": (f"{TILING}._blend", lambda *_: None, EDGES, "tiled_encode"),
     "blending to 1": (f"{TILING}._blend", _blend_with_raw, EDGES, "tiled_decode"),
 }
@@ -216,6 +228,14 @@ FAULTS = {
 def test_the_golden_files_show_what_is_wrong(vae, where, wrong, path, case, monkeypatch):
     monkeypatch.setattr(where, wrong)
     assert error(vae, path, case) > 1e-2
+
+
+@pytest.mark.parametrize("change", [dict(eps=1e-5), dict(num_groups=4)], ids=["eps", "groups"])
+def test_another_norm_shows(vae, change):
+    for module in vae.modules():
+        if isinstance(module, causal_vae_layers.GroupNorm):
+            vars(module).update(change)
+    assert error(vae, SMALL, "encode_image") > 1e-2
 
 
 def test_padding_on_the_other_side_shows(vae, monkeypatch):
