@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from . import backends, ops
 from .context import autocast_dtype, has_hooks
 from .geometry import WindowGrid
+from .parallel.exchange import all_proxies, shifted_attention
+from .parallel.shares import Share
 from .recompute import feed, recomputed
 
 NORM_EPS = 1e-6
@@ -62,13 +64,16 @@ class Residual(NamedTuple):
         return total, recomputed(normed, norm, total, *vectors)
 
     def norm_and_means(self, windows: WindowGrid, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum, its LayerNorm and its window means."""
+        """The sum, its LayerNorm and the window means of the whole grid, of which ranks may share
+        the tokens."""
+        options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
         if self.y is None:
-            made = ops.layer_norm_window_mean(self.x, windows, eps=NORM_EPS, backend=backend)
-            return self.x, *made
-        return ops.residual_layer_norm_window_mean(
-            self.x, self.y, self.gate, windows, eps=NORM_EPS, backend=backend
+            normed, means = ops.layer_norm_window_mean(self.x, windows, **options)
+            return self.x, normed, all_proxies(means, windows)
+        total, normed, means = ops.residual_layer_norm_window_mean(
+            self.x, self.y, self.gate, windows, **options
         )
+        return total, normed, all_proxies(means, windows)
 
 
 class KeysValues(NamedTuple):
@@ -123,7 +128,11 @@ class SelfAttention(_Attention):
 
     def attend(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
         """The heads' outputs, not yet projected."""
-        qkv = feed(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return self.attend_packed(feed(self.qkv, x), windows)
+
+    def attend_packed(self, qkv: Tensor, windows: WindowGrid | None = None) -> Tensor:
+        """Of the packed projection (B, N, 3C)."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if windows is None:
             out = ops.packed_attention(qkv, backend=self.backend)
         else:
@@ -320,8 +329,13 @@ class TextureComplement(nn.Module):
         plain, shifted = modulation or (None, None)
         first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
         x, normed = first.norm(shifted, self.window_attn.backend)
-        z = self.shifted_attn.attend(normed, windows.shifted() if self.shift else windows)
-        return first, Residual(x, self._close(z, shifted.gate if shifted else None))
+        attn, close = self.shifted_attn, partial(self._close, gate=shifted.gate if shifted else None)
+        if self.shift and isinstance(windows, Share) and windows.trip is not None:
+            project = partial(feed, attn.qkv)
+            y = shifted_attention(project, attn.attend_packed, close, normed, windows)
+        else:
+            y = close(attn.attend(normed, windows.shifted() if self.shift else windows))
+        return first, Residual(x, y)
 
     def _close(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """Z · (gate · projection of the heads' outputs)."""
