@@ -1,0 +1,140 @@
+"""Models and inputs whose tokens are split, and what the ranks of a mesh do with them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ptattn import ProxyAttention
+from ptattn.models import ModelConfig, PTDiT
+from ptattn.parallel import find_cut, join_tokens, split_tokens
+
+TEXT: dict[str, Any] = dict(caption_channels=24)
+CLASSES: dict[str, Any] = dict(caption_channels=None, num_classes=5)
+
+# name: (grid of tokens, batch, fields of ModelConfig)
+MODELS: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
+    "image": ((1, 16, 16), 1, dict(window=(1, 4, 4), **TEXT)),
+    "image-batch": ((1, 16, 16), 2, dict(window=(1, 4, 4), **TEXT)),
+    "classes-ragged": ((1, 13, 23), 2, dict(window=(1, 4, 4), **CLASSES)),
+    "unshifted": ((1, 16, 8), 1, dict(window=(1, 4, 4), shift=False, **TEXT)),
+    "finer-proxies": ((1, 14, 16), 1, dict(window=(1, 4, 4), proxy_window=(1, 2, 2), **TEXT)),
+    "coarser-proxies": ((1, 32, 8), 1, dict(window=(1, 4, 2), proxy_window=(1, 8, 4), **TEXT)),
+    "crossing-proxies": ((1, 48, 4), 1, dict(window=(1, 4, 4), proxy_window=(1, 6, 4), **TEXT)),
+    "one-window-on-an-axis": ((1, 3, 16), 1, dict(window=(1, 4, 4), **TEXT)),
+    "window-of-one-row": ((1, 12, 5), 1, dict(window=(1, 1, 2), **TEXT)),
+    "odd-window": ((1, 20, 6), 1, dict(window=(1, 5, 3), **TEXT)),
+    "last-window-within-shift": ((1, 17, 4), 1, dict(window=(1, 4, 4), **TEXT)),
+    "video": ((8, 8, 8), 1, dict(window=(2, 4, 4), **TEXT)),
+    "video-ragged": ((7, 6, 9), 2, dict(window=(2, 4, 4), **CLASSES)),
+    "frames-alone": ((6, 2, 2), 1, dict(window=(1, 4, 4), **CLASSES)),
+    "paper-window": ((5, 12, 12), 1, dict(window=None, **TEXT)),
+    "two-axes": ((1, 8, 8), 1, dict(window=(1, 4, 4), **TEXT)),
+    "three-axes": ((4, 8, 8), 1, dict(window=(2, 4, 4), **TEXT)),
+}
+
+
+def model(name: str, dim: int = 32, dtype: torch.dtype = torch.float32) -> PTDiT:
+    """The same on all ranks, no weight of it zero."""
+    made = PTDiT(ModelConfig(2, dim, 2, **MODELS[name][2]))
+    return randomized(made).to(dtype)
+
+
+def randomized(made: Any) -> Any:
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn(p.shape, generator=random), alpha=0.1)
+    return made
+
+
+def inputs(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    (f, h, w), batch, fields = MODELS[name]
+    random = torch.Generator().manual_seed(2)
+    made: dict[str, Any] = {
+        "latents": torch.randn(batch, 4, f, 2 * h, 2 * w, generator=random).to(dtype),
+        "timestep": torch.linspace(100, 900, batch, dtype=dtype),
+    }
+    if "num_classes" in fields:
+        return {**made, "labels": torch.arange(batch)}
+    mask = torch.arange(5) < torch.arange(3, 3 + batch)[:, None]
+    caption = torch.randn(batch, 5, 24, generator=random).to(dtype)
+    return {**made, "caption": caption, "caption_mask": mask}
+
+
+def attention(**options: Any) -> ProxyAttention:
+    return randomized(ProxyAttention(32, 2, (1, 4, 4), dtype=torch.float64, **options))
+
+
+def measured(module: Any, **given: Any) -> dict[str, torch.Tensor]:
+    """Output and gradients, of inputs that are floating too."""
+    given = {
+        name: value.clone().requires_grad_() if torch.is_floating_point(value) else value
+        for name, value in given.items()
+    }
+    if given.get("latents", torch.empty(0)).dtype == torch.float64:
+        given["timestep"].requires_grad_(False)  # its features are float32 in every model
+    out = module(**given)
+    random = torch.Generator().manual_seed(3)
+    out.backward(torch.randn(out.shape, generator=random).to(out.dtype))
+    found = {f"{name}.grad": t.grad for name, t in given.items() if t.grad is not None}
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            found[name], p.grad = p.grad, None
+    return {"output": out.detach(), **found}
+
+
+def differences(ours: dict[str, Any], gold: dict[str, Any]) -> dict[str, float]:
+    """Relative, of each tensor."""
+    assert ours.keys() == gold.keys(), ours.keys() ^ gold.keys()
+    found = {name: float((ours[name] - t).norm() / t.norm()) for name, t in gold.items()}
+    if all(t.dtype == torch.float64 for t in gold.values()):
+        return found
+    # Where summands cancel, float32 rounds away more of a small parameter's gradient than a split
+    # may change; so parameters count as one vector, and each by itself in float64.
+    parts = [name for name in gold if name != "output" and not name.endswith(".grad")]
+    error = sum(float((ours[name] - gold[name]).norm()) ** 2 for name in parts) ** 0.5
+    length = sum(float(gold[name].norm()) ** 2 for name in parts) ** 0.5
+    return {**{name: v for name, v in found.items() if name not in parts}, "all": error / length}
+
+
+# What ranks do; each gets the mesh first.
+
+
+def compare(mesh: Any, names: list[str], dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Of models split and whole."""
+    return {name: _compare(mesh, model(name, dtype=dtype), inputs(name, dtype)) for name in names}
+
+
+def _compare(mesh: Any, made: Any, given: dict[str, Any], **around: Any) -> dict[str, float]:
+    whole = measured(made, **given)
+    return differences(measured(split_tokens(made, mesh), **given), whole)
+
+
+def compare_attention(mesh: Any) -> dict[str, dict[str, float]]:
+    """Of ProxyAttention by itself, in every form of its input."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    forms: dict[str, Any] = {
+        "tokens": (dict(grid=(14, 8)), normal(2, 112, 32)),
+        "image": ({}, normal(2, 16, 12, 32)),
+        "video": ({}, normal(1, 4, 8, 9, 32)),
+        "prenormed": (dict(prenormed=True), normal(1, 12, 8, 32)),
+        "unshifted": (dict(shift=False), normal(1, 12, 8, 32)),
+        "finer-proxies": (dict(proxy_window=(2, 2)), normal(1, 12, 8, 32)),
+    }
+    return {
+        name: _compare(mesh, attention(**options), {"x": x})
+        for name, (options, x) in forms.items()
+    }
+
+
+def can_split(name: str, ranks: int) -> bool:
+    grid, _, fields = MODELS[name]
+    proxies, windows = ModelConfig(2, 32, 2, **fields).window_grids(grid)
+    try:
+        find_cut(windows, proxies, ranks)
+    except ValueError:
+        return False
+    return True
