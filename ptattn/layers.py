@@ -329,10 +329,13 @@ class TextureComplement(nn.Module):
         plain, shifted = modulation or (None, None)
         first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
         x, normed = first.norm(shifted, self.window_attn.backend)
-        attn, close = self.shifted_attn, partial(self._close, gate=shifted.gate if shifted else None)
+        attn, close = (
+            self.shifted_attn,
+            partial(self._close, gate=shifted.gate if shifted else None),
+        )
         if self.shift and isinstance(windows, Share) and windows.trip is not None:
             project = partial(feed, attn.qkv)
-            y = shifted_attention(project, attn.attend_packed, close, normed, windows)
+            y = shifted_attention(project, attn.attend_packed, close, normed, windows, windows.trip)
         else:
             y = close(attn.attend(normed, windows.shifted() if self.shift else windows))
         return first, Residual(x, y)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"memo", "packed", "context", "capture", "files", "command_line"},
     {"geometry", "recompute", "call_grid", "state_dicts"},
-    {"kernels", "checks"},
+    {"kernels", "checks", "parallel"},
     {"backends"},
     {"ops"},
     {"explanation"},

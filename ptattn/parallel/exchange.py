@@ -69,6 +69,7 @@ def shifted_attention(
     close: Callable[[Tensor], Tensor],
     x: Tensor,
     share: Share,
+    trip: Trip,
 ) -> Tensor:
     """close(attend(project(x), shifted windows)) of a rank's share (B, N, C).
 
@@ -79,7 +80,7 @@ def shifted_attention(
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)  # as `project` would
-    trip, group = share.trip, share.group
+    group = share.group
     stay, pending = depart(x.unflatten(1, share.grid), trip, group)
     own = project(stay)
     qkv = together(own, project(arrive(pending, x, trip, group)), trip)
@@ -182,7 +183,9 @@ def same_input(x: Tensor, share: Share) -> Tensor:
     return _SameInput.apply(x, share.cut.ranks, share.group) if x.requires_grad else x
 
 
-def gather_output(x: Tensor, cut: Cut, share: Share, first: int, then: Callable[[], None]) -> Tensor:
+def gather_output(
+    x: Tensor, cut: Cut, share: Share, first: int, then: Callable[[], None]
+) -> Tensor:
     """What all ranks have, of a rank's box; `then` is called once a backward pass begins here."""
     return _GatherOutput.apply(x, cut, share.rank, share.group, first, then)
 
@@ -197,7 +200,8 @@ class _GatherProxies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _scatter_sum(grad, *ctx.gathered, 1), None, None, None
+        cut, rank, group = ctx.gathered
+        return _scatter_sum(grad, cut, rank, group, 1), None, None, None
 
 
 class _CutInput(torch.autograd.Function):

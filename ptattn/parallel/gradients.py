@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def average(parameters: Iterable[nn.Parameter], ranks: list[int], group: str) ->
 
 def _local_gradients(parameters: Iterable[nn.Parameter], ranks: list[int]) -> Iterator[Tensor]:
     for parameter in dict.fromkeys(parameters):
-        grad = parameter.grad
+        grad: Any = parameter.grad
         if hasattr(grad, "to_local"):  # a DTensor
             if set(ranks) <= set(grad.device_mesh.mesh.flatten().tolist()):
                 continue  # these ranks hold parts of it, made of the gradients of all of them

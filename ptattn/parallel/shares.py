@@ -82,7 +82,7 @@ class Cut:
         """The same cut of a finer grid, such as of pixels."""
         return self._mapped(lambda axis, point: point * by[axis])
 
-    def of_windows(self, window: Triple) -> Cut:
+    def of_windows(self, window: Sequence[int]) -> Cut:
         """The same cut of the grid of windows, none of which it divides."""
         return self._mapped(lambda axis, point: -(-point // window[axis]))
 

@@ -1,4 +1,4 @@
-"""`split_tokens` and `join_tokens`: a model whose ranks each hold a part of every sample's tokens."""
+"""`split_tokens` and `join_tokens`: every rank has a part of each sample's tokens."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a torch.distributed DeviceMesh; got {type(mesh).__name__}")
     if not dist.is_initialized():
-        raise RuntimeError("split_tokens needs a process group: torch.distributed.init_process_group")
+        raise RuntimeError(
+            "split_tokens needs a process group: torch.distributed.init_process_group"
+        )
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh must have one dimension, such as mesh['tokens'] of a mesh of several; got "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ptattn import ProxyAttention
+from ptattn import ProxyAttention, fuse, unfuse
 from ptattn.models import ModelConfig, PTDiT
-from ptattn.parallel import find_cut, join_tokens, split_tokens
+from ptattn.parallel import find_cut, split_tokens
 
 TEXT: dict[str, Any] = dict(caption_channels=24)
 CLASSES: dict[str, Any] = dict(caption_channels=None, num_classes=5)
@@ -77,8 +81,7 @@ def measured(module: Any, **given: Any) -> dict[str, torch.Tensor]:
     if given.get("latents", torch.empty(0)).dtype == torch.float64:
         given["timestep"].requires_grad_(False)  # its features are float32 in every model
     out = module(**given)
-    random = torch.Generator().manual_seed(3)
-    out.backward(torch.randn(out.shape, generator=random).to(out.dtype))
+    out.backward(probe(out))
     found = {f"{name}.grad": t.grad for name, t in given.items() if t.grad is not None}
     for name, p in module.named_parameters():
         if p.grad is not None:
@@ -125,8 +128,7 @@ def compare_attention(mesh: Any) -> dict[str, dict[str, float]]:
         "finer-proxies": (dict(proxy_window=(2, 2)), normal(1, 12, 8, 32)),
     }
     return {
-        name: _compare(mesh, attention(**options), {"x": x})
-        for name, (options, x) in forms.items()
+        name: _compare(mesh, attention(**options), {"x": x}) for name, (options, x) in forms.items()
     }
 
 
@@ -138,3 +140,111 @@ def can_split(name: str, ranks: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+# What a split is combined with.
+
+
+def checkpointed(mesh: Any, **options: Any) -> dict[str, float]:
+    made = model("video", dtype=torch.float64)
+    gold = measured(made, **inputs("video", torch.float64))
+    made.blocks.checkpoint(**options)
+    return differences(measured(split_tokens(made, mesh), **inputs("video", torch.float64)), gold)
+
+
+def fused(mesh: Any) -> dict[str, float]:
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    gold = measured(made, **given)
+    before = differences(measured(split_tokens(fuse(made), mesh), **given), gold)
+    after = differences(measured(fuse(unfuse(made)), **given), gold)
+    return {name: max(value, after[name]) for name, value in before.items()}
+
+
+def accumulated(mesh: Any) -> dict[str, float]:
+    """Two backward passes, the gradients of both added up."""
+    made, given = model("image", dtype=torch.float64), inputs("image", torch.float64)
+    gold = {name: 2 * t for name, t in measured(made, **given).items()}
+    split_tokens(made, mesh)
+    for _ in range(2):
+        out = made(**given)
+        out.backward(probe(out))
+    return differences({n: p.grad for n, p in made.named_parameters()}, of(made, gold))
+
+
+def with_adapters(mesh: Any) -> dict[str, float]:
+    """LoRA's layers added to a model that is split already; what they are added to is frozen."""
+    import peft  # takes seconds
+
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "q", "kv", "proj"], lora_dropout=0.0)
+    torch.manual_seed(0)
+    gold = measured(_trained(peft.inject_adapter_in_model(config, copy.deepcopy(made))), **given)
+    torch.manual_seed(0)
+    ours = _trained(peft.inject_adapter_in_model(config, split_tokens(made, mesh)))
+    assert not ours.patch_embed.proj.weight.requires_grad
+    return differences(measured(ours, **given), gold)
+
+
+def _trained(model: Any) -> Any:
+    """As if its adapters had been trained: what starts at zero would hide their first halves."""
+    random = torch.Generator().manual_seed(5)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=random, dtype=torch.float64) / 10
+    return model
+
+
+def in_autocast(mesh: Any) -> dict[str, float]:
+    """Of all, as one vector: what bfloat16 rounds is little of that."""
+    made, given = model("video"), inputs("video")
+    with torch.autocast("cpu", torch.bfloat16):
+        gold = measured(made, **given)
+        found = differences(measured(split_tokens(made, mesh), **given), gold)
+    return {name: found[name] for name in ("output", "latents.grad", "all")}
+
+
+def compiled(mesh: Any) -> dict[str, float]:
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    gold = measured(made, **given)
+    torch._dynamo.reset()
+    split_tokens(made, mesh)
+    ours = measured(torch.compile(made, backend="aot_eager", dynamic=False), **given)
+    return differences({n.removeprefix("_orig_mod."): t for n, t in ours.items()}, gold)
+
+
+def in_ddp(mesh: Any) -> dict[str, float]:
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    gold = measured(made, **given)
+    wrapped = DistributedDataParallel(
+        split_tokens(made, mesh), process_group=mesh.get_group(), gradient_as_bucket_view=True
+    )
+    ours = measured(wrapped, **given)
+    return differences({n.removeprefix("module."): t for n, t in ours.items()}, gold)
+
+
+def sharded(mesh: Any) -> dict[str, float]:
+    """Weights sharded over the ranks that share the tokens."""
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    gold = measured(made, **given)
+    _shard(made, mesh)
+    ours = measured(split_tokens(made, mesh), **given)
+    return differences(_full(ours), gold)
+
+
+def _shard(made: Any, mesh: Any) -> None:
+    for block in made.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(made, mesh=mesh)
+
+
+def _full(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
+
+
+def probe(out: torch.Tensor) -> torch.Tensor:
+    random = torch.Generator().manual_seed(3)
+    return torch.randn(out.shape, generator=random).to(out.dtype)
+
+
+def of(made: Any, found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name, _ in made.named_parameters()}

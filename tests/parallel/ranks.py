@@ -1,4 +1,4 @@
-"""Processes that stand for the ranks of a mesh: started once, they run one function after another."""
+"""Processes that stand for the ranks of a mesh: they run one function after another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
-TIMEOUT = 20  # seconds, of a collective
+TIMEOUT = 20  # seconds, of a collective, unless a test is about it
 
 
 class Ranks:
@@ -22,14 +22,18 @@ class Ranks:
     A call returns what every rank returned, an exception as it is.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, timeout: float = TIMEOUT) -> None:
         self.number = number
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported all that takes seconds, and computed nothing.
+        context: Any = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.parallel.cases"])
         self.folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(number)]
         self.pipes = [own for own, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(rank, number, self.folder.name, theirs), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, number, timeout, self.folder.name, theirs), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -67,11 +71,11 @@ class Ranks:
             return ProcessLookupError("the rank has ended")
 
 
-def _serve(rank: int, number: int, folder: str, pipe: Any) -> None:
+def _serve(rank: int, number: int, timeout: float, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=number,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
+        timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     mesh = init_device_mesh("cpu", (number,), mesh_dim_names=("tokens",))
     while True:

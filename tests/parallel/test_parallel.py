@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.parallel import cases
-from tests.parallel.ranks import Ranks
 
 # Relative: that of float64 shows every fault of a split, that of float32 is what users see.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-@pytest.fixture(scope="module")
-def started():
-    """Ranks by their number, started when first asked for."""
-    found = {}
-    yield found
-    for ranks in found.values():
-        ranks.close()
-
-
-@pytest.fixture(params=[2, 3, pytest.param(4, marks=pytest.mark.long)])
-def ranks(request, started):
-    number = request.param
-    if number not in started:
-        started[number] = Ranks(number)
-    yield started[number]
 
 
 def assert_close(results, limit=LIMITS[torch.float64]):
@@ -58,3 +42,36 @@ def test_a_model_in_float32(ranks):
 
 def test_proxy_attention_split_as_it_is_whole(ranks):
     assert_close(ranks.all(cases.compare_attention))
+
+
+COMBINED = {
+    "checkpointed": (cases.checkpointed, {}),
+    "checkpointed-but-attention": (cases.checkpointed, dict(keep_attention=True)),
+    "fused": (cases.fused, {}),
+    "accumulated": (cases.accumulated, {}),
+    "ddp": (cases.in_ddp, {}),
+    "fsdp": (cases.sharded, {}),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_a_split_combined(ranks, name):
+    function, options = COMBINED[name]
+    assert_close([{name: found} for found in ranks.all(partial(function, **options))])
+
+
+def test_autocast(ranks):
+    """In bfloat16, whose rounding error is 0.004."""
+    assert_close([{"autocast": found} for found in ranks.all(cases.in_autocast)], 0.01)
+
+
+@pytest.mark.long
+def test_compiled(two):
+    """What is exchanged within blocks is a part of the graph; a call's begin and end are not."""
+    assert_close([{"compiled": found} for found in two.all(cases.compiled)])
+
+
+@pytest.mark.long
+def test_adapters(two):
+    """Added to a model that is split, and trained alone."""
+    assert_close([{"adapters": found} for found in two.all(cases.with_adapters)])
