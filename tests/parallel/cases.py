@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -229,6 +230,29 @@ def sharded(mesh: Any) -> dict[str, float]:
     _shard(made, mesh)
     ours = measured(split_tokens(made, mesh), **given)
     return differences(_full(ours), gold)
+
+
+def data_and_tokens(mesh: Any, sharding: str) -> dict[str, float]:
+    """Two samples, each shared by two ranks; weights sharded over some of the four."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tokens"))
+    made = model("video", dtype=torch.float64)
+    first, second = inputs("video", torch.float64), inputs("video", torch.float64)
+    second["latents"] = second["latents"].flip(-1)
+    golds = [measured(made, **given) for given in (first, second)]
+    gold = {name: (golds[0][name] + golds[1][name]) / 2 for name, _ in made.named_parameters()}
+    if sharding == "nothing":
+        wrapped = DistributedDataParallel(made, process_group=both["data"].get_group())
+        split_tokens(made, both["tokens"])
+    else:
+        meshes = {"all": mesh, "data": both["data"], "both": both}
+        _shard(made, meshes[sharding])
+        wrapped = split_tokens(made, both["tokens"])
+    own = both.get_coordinate()[0]
+    ours = _full(measured(wrapped, **(first, second)[own]))
+    ours = {name.removeprefix("module."): t for name, t in ours.items()}
+    for name in ("output", "latents.grad", "caption.grad"):
+        ours[name], gold[name] = ours.pop(name), golds[own][name]
+    return differences(ours, gold)
 
 
 def _shard(made: Any, mesh: Any) -> None:

@@ -19,6 +19,11 @@ def two(started):
     return _get(started, 2)
 
 
+@pytest.fixture
+def four(started):
+    return _get(started, 4)
+
+
 @pytest.fixture(params=[2, 3, pytest.param(4, marks=pytest.mark.long)])
 def ranks(request, started):
     return _get(started, request.param)

@@ -75,3 +75,10 @@ def test_compiled(two):
 def test_adapters(two):
     """Added to a model that is split, and trained alone."""
     assert_close([{"adapters": found} for found in two.all(cases.with_adapters)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["nothing", "all", "data", "both"])
+def test_data_and_tokens(four, sharding):
+    """By DDP over the data, and by FSDP2 over all ranks, those of the data, or both dimensions."""
+    assert_close([{sharding: found} for found in four.all(cases.data_and_tokens, sharding)])
