@@ -54,8 +54,7 @@ def _plan(parts: Any, out: Any, target: tuple[str, str]) -> Plan:
     else:
         inner = strides[0]
     # Narrow tiles are many programs, tall ones many loads under way: a GPU is to be filled by both.
-    rows = host.next_power_of_2(splits) if splits <= 8 else 64 if splits <= 64 else 256
-    block = 1024 // rows if splits <= 8 else 32
+    rows, block = (4, 256) if splits <= 8 else (64, 32) if splits <= 64 else (256, 32)
     programs = outer * lines * host.cdiv(inner, block)
     constants = dict(ROWS=rows, BLOCK=block, ALIGN=math.gcd(16, inner, *strides))
     config = Config(warps=4 if rows <= 64 else 8)
