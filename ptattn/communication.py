@@ -8,21 +8,20 @@ In tokens of C channels that a rank sends in a block's forward, of N tokens on T
     Ulysses   4 · N/T · (T - 1)/T: queries, keys, values and outputs (arXiv 2309.14509)
     ring      2 · N/T · (T - 1): keys and values, once around (arXiv 2310.01889)
 
-The backward of PT-DiT's and of Ulysses' sends the same once more; that of the ring keys and values,
-and their gradients, which end where they belong: 2 · N/T · (2·T - 1). Collectives count as what the
-best algorithm sends: a gather among T ranks as T - 1 times a rank's part, a sum that stays scattered
+The backward of PT-DiT's and of Ulysses' sends the same once more; that of the ring keys, values and
+their gradients, which end where they belong: 2 · N/T · (2·T - 1). Collectives count as what the best
+algorithm sends: a gather among T ranks as T - 1 times a rank's part, a sum that stays scattered
 likewise, one that all get as twice that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode

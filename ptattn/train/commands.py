@@ -16,6 +16,8 @@ from ..capture import CaptureError
 from ..checkpoint import load_model
 from ..command_line import UsageError, count, number
 from ..graphs import graphed
+from ..parallel import split_tokens
+from ..parallel.launch import launched
 from . import config as configs
 from .config import Config
 from .state import CLASSES, MODEL, read_config
@@ -40,7 +42,8 @@ def add_parsers(commands: Any) -> None:
     sample = commands.add_parser(
         "sample",
         help="draw with a model that `ptattn train` has trained",
-        description="Draw with a trained model: a PNG grid of images, a GIF of videos and views.",
+        description="Draw with a trained model: a PNG grid of images, a GIF of videos and views. "
+        "Several processes share the tokens of each: torchrun -m ptattn sample ...",
     )
     sample.add_argument("folder", metavar="FOLDER", help="of a run")
     sample.add_argument(
@@ -87,22 +90,28 @@ def _sample(options: argparse.Namespace, command: str) -> int:
             raise ValueError(f"{folder} holds no checkpoint yet")
         names = [name for name in options.conditions for _ in range(options.count)]
         conditions = _conditions(names, config, folder)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if options.graph and device.type != "cuda":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if options.graph and kind != "cuda":
             raise UsageError("argument --graph: needs a CUDA GPU, and torch finds none")
-        model = load_model(folder / MODEL).eval().to(device)
-        if device.type == "cuda" and options.graph is not False:
-            model = graphed(model)
-        pictures = draw(
-            model,
-            config,
-            conditions,
-            device=device,
-            seed=options.seed,
-            steps=options.steps,
-            guidance=options.guidance,
-        )
-        print(save_grid(pictures, names, Path(options.out)))
+        with launched(kind) as mesh:
+            if options.graph and mesh is not None:
+                raise UsageError("argument --graph: no graph holds a model of several processes")
+            model: Any = load_model(folder / MODEL).eval().to(kind)
+            if mesh is not None:
+                split_tokens(model, mesh)
+            elif kind == "cuda" and options.graph is not False:
+                model = graphed(model)
+            pictures = draw(
+                model,
+                config,
+                conditions,
+                device=kind,
+                seed=options.seed,
+                steps=options.steps,
+                guidance=options.guidance,
+            )
+            if mesh is None or mesh.get_rank() == 0:
+                print(save_grid(pictures, names, Path(options.out)))
     return 0
 
 
