@@ -9,9 +9,9 @@ In tokens of C channels that a rank sends in a block's forward, of N tokens on T
     ring      2 · N/T · (T - 1): keys and values, once around (arXiv 2310.01889)
 
 The backward of PT-DiT's and of Ulysses' sends the same once more; that of the ring keys, values and
-their gradients, which end where they belong: 2 · N/T · (2·T - 1). Collectives count as what the best
-algorithm sends: a gather among T ranks as T - 1 times a rank's part, a sum that stays scattered
-likewise, one that all get as twice that.
+their gradients, which end where they belong: 2 · N/T · (2·T - 1). A collective counts as what the
+best algorithm sends: a gather among T ranks, and a sum that stays scattered, as T - 1 times a
+rank's part; a sum that all get as twice that.
 """
 
 from __future__ import annotations
@@ -101,6 +101,11 @@ def of_model(name: str, grid: Triple, ranks: int, scheme: str) -> Traffic:
         proxies, attended = config.window_grids(grid)
         return windows(attended, proxies, ranks, config.shift)
     return (ulysses if scheme == "ulysses" else ring)(math.prod(grid), ranks)
+
+
+def output(windows: WindowGrid, proxies: WindowGrid, ranks: int) -> int:
+    """What each rank sends at the end of a call, in tokens of the output: its own, to all."""
+    return (ranks - 1) * max(find_cut(windows, proxies, ranks).sizes())
 
 
 # Counted.

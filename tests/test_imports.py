@@ -22,7 +22,7 @@ ORDER = [
     {"layers"},
     {"models", "proxy_attention"},
     {"hosts"},
-    {"flops", "checkpoint", "environment", "flow", "graphs", "replace"},
+    {"flops", "checkpoint", "communication", "environment", "flow", "graphs", "replace"},
     {"paper", "pipelines", "replaced"},
     {"compare"},
     {"bench", "convert", "train"},

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ptattn import ProxyAttention, fuse, unfuse
+from ptattn import ProxyAttention, flow, fuse, unfuse
 from ptattn.models import ModelConfig, PTDiT
 from ptattn.parallel import find_cut, split_tokens
 
@@ -184,6 +184,21 @@ def with_adapters(mesh: Any) -> dict[str, float]:
     ours = _trained(peft.inject_adapter_in_model(config, split_tokens(made, mesh)))
     assert not ours.patch_embed.proj.weight.requires_grad
     return differences(measured(ours, **given), gold)
+
+
+def guided(mesh: Any) -> dict[str, float]:
+    """Two steps of sampling, whose caption is prepared once."""
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    null = {"caption": given["caption"].flip(1), "caption_mask": given["caption_mask"]}
+    condition = {name: given[name] for name in null}
+    outs = []
+    for part in (lambda: made, lambda: split_tokens(made, mesh)):
+        predict, x = flow.Guided(part(), condition, null), given["latents"]
+        with torch.no_grad():
+            for level in (800, 400):
+                x = x + 0.5 * predict(x, torch.full((1,), level), 3.0)
+        outs.append({"latents": x})
+    return differences(outs[1], outs[0])
 
 
 def _trained(model: Any) -> Any:

@@ -49,6 +49,7 @@ COMBINED = {
     "checkpointed-but-attention": (cases.checkpointed, dict(keep_attention=True)),
     "fused": (cases.fused, {}),
     "accumulated": (cases.accumulated, {}),
+    "guided": (cases.guided, {}),
     "ddp": (cases.in_ddp, {}),
     "fsdp": (cases.sharded, {}),
 }

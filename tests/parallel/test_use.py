@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ptattn.parallel import split_tokens
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
@@ -98,6 +101,28 @@ def test_sampling_on_two_processes(tmp_path):
         command = ("-m", "ptattn", "sample", tmp_path / "run", "a disc", "--out", out)
         files.append(launched(number, *command))
     assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+
+
+def draw(mesh):
+    """A picture by the pipeline, before and after its transformer is split."""
+    from tests.support import components
+
+    torch.manual_seed(0)
+    pipe = components.pipeline()
+    options = dict(height=32, width=48, num_inference_steps=2, output_type="pt")
+
+    def image():
+        return pipe("a red cat", generator=components.seeded(0), max_sequence_length=8, **options)
+
+    whole = image().images
+    split_tokens(pipe.transformer, mesh)
+    return whole, image().images
+
+
+@pytest.mark.long
+def test_the_pipeline_on_two_processes(two):
+    for whole, split in two.all(draw):
+        torch.testing.assert_close(split, whole)
 
 
 def test_processes_that_token_ranks_do_not_divide(tmp_path):
