@@ -66,13 +66,13 @@ def windows(windows: WindowGrid, proxies: WindowGrid, ranks: int, shift: bool = 
     """
     cut = find_cut(windows, proxies, ranks)
     shares = [Share.of(windows, cut, rank, "") for rank in range(ranks)]
-    most = max(cut.of_windows(proxies.window).sizes())
+    most = max(cut.of_windows(proxies.window).sizes)
     sent = []
     for share in shares:
         moved = sum(sum(side.counts) for side in share.trip or ()) if shift else 0
         sent.append(float((ranks - 1) * most + moved))
     messages = 1 + (2 if shift and shares[0].trip else 0)
-    held = max(cut.sizes()) * ranks / windows.num_tokens
+    held = max(cut.sizes) * ranks / windows.num_tokens
     return Traffic(tuple(sent), tuple(sent), messages, held)
 
 
@@ -105,7 +105,7 @@ def of_model(name: str, grid: Triple, ranks: int, scheme: str) -> Traffic:
 
 def output(windows: WindowGrid, proxies: WindowGrid, ranks: int) -> int:
     """What each rank sends at the end of a call, in tokens of the output: its own, to all."""
-    return (ranks - 1) * max(find_cut(windows, proxies, ranks).sizes())
+    return (ranks - 1) * max(find_cut(windows, proxies, ranks).sizes)
 
 
 # Counted.

@@ -68,12 +68,14 @@ class Residual(NamedTuple):
         the tokens."""
         options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
         if self.y is None:
-            normed, means = ops.layer_norm_window_mean(self.x, windows, **options)
-            return self.x, normed, all_proxies(means, windows)
-        total, normed, means = ops.residual_layer_norm_window_mean(
-            self.x, self.y, self.gate, windows, **options
-        )
-        return total, normed, all_proxies(means, windows)
+            total, (normed, means) = self.x, ops.layer_norm_window_mean(self.x, windows, **options)
+        else:
+            total, normed, means = ops.residual_layer_norm_window_mean(
+                self.x, self.y, self.gate, windows, **options
+            )
+        if isinstance(windows, Share):
+            means = all_proxies(means, windows)
+        return total, normed, means
 
 
 class KeysValues(NamedTuple):
@@ -126,12 +128,11 @@ class SelfAttention(_Attention):
         """(B, N, C) -> (B, N, C), dense or within `windows`."""
         return self.proj(self.attend(x, windows))
 
-    def attend(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
-        """The heads' outputs, not yet projected."""
-        return self.attend_packed(feed(self.qkv, x), windows)
-
-    def attend_packed(self, qkv: Tensor, windows: WindowGrid | None = None) -> Tensor:
-        """Of the packed projection (B, N, 3C)."""
+    def attend(
+        self, x: Tensor, windows: WindowGrid | None = None, *, packed: bool = False
+    ) -> Tensor:
+        """The heads' outputs, not yet projected; of (B, N, 3C) where x is `packed` already."""
+        qkv = x if packed else feed(self.qkv, x)
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if windows is None:
             out = ops.packed_attention(qkv, backend=self.backend)
@@ -329,15 +330,14 @@ class TextureComplement(nn.Module):
         plain, shifted = modulation or (None, None)
         first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
         x, normed = first.norm(shifted, self.window_attn.backend)
-        attn, close = (
-            self.shifted_attn,
-            partial(self._close, gate=shifted.gate if shifted else None),
-        )
+        attn, gate = self.shifted_attn, shifted.gate if shifted else None
         if self.shift and isinstance(windows, Share) and windows.trip is not None:
-            project = partial(feed, attn.qkv)
-            y = shifted_attention(project, attn.attend_packed, close, normed, windows, windows.trip)
+            project, attend = partial(feed, attn.qkv), partial(attn.attend, packed=True)
+            close = partial(self._close, gate=gate)
+            y = shifted_attention(project, attend, close, normed, windows, windows.trip)
         else:
-            y = close(attn.attend(normed, windows.shifted() if self.shift else windows))
+            z = attn.attend(normed, windows.shifted() if self.shift else windows)
+            y = self._close(z, gate)
         return first, Residual(x, y)
 
     def _close(self, attended: Tensor, gate: Tensor | None) -> Tensor:

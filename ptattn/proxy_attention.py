@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .geometry import WindowGrid, window_grid
 from .layers import GlobalInteraction, Residual, TextureComplement, check_like_weights
-from .parallel import TokenSplit
+from .parallel import Share, TokenSplit
 from .parallel.exchange import all_proxies
 
 
@@ -116,7 +116,9 @@ class ProxyAttention(nn.Module):
         """What to add to tokens (B, N, C)."""
         backend = self.backend
         if self.prenormed:
-            means = all_proxies(ops.window_mean(tokens, proxies, backend=backend), proxies)
+            means = ops.window_mean(tokens, proxies, backend=backend)
+            if isinstance(proxies, Share):
+                means = all_proxies(means, proxies)
             delta = self.global_interaction._branch(tokens, means)
             total = normed = tokens + delta
         else:

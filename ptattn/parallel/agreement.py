@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SHOWN = 3  # differences in a message
+
 
 class Agreement:
     """Compares what ranks say, over a group that takes CPU tensors, so that no GPU is waited for.
@@ -70,7 +72,8 @@ def _differences(what: str, everybody: list[tuple[str, dict[str, str]]]) -> str:
         if len(set(values)) > 1:
             each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
             lines.append(f"{name}: {each}")
-    return f"{what} must be the same on all ranks of a split; got {'; '.join(lines)}"
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return f"{what} must be the same on all ranks of a split; got {'; '.join(lines[:SHOWN])}{more}"
 
 
 def _on_cpu(group: dist.ProcessGroup) -> dist.ProcessGroup | None:

@@ -164,13 +164,10 @@ class _Finish(torch.autograd.Function):
 # Between a rank's box and the whole grid.
 
 
-def all_proxies(means: Tensor, windows: WindowGrid) -> Tensor:
-    """The proxies of the whole grid, (B, M, C), of a rank's own; as they are where none shares."""
-    if not isinstance(windows, Share):
-        return means
-    cut = windows.cut.of_windows(windows.window)
-    own = means.unflatten(1, cut.shape(windows.rank))
-    return _GatherProxies.apply(own, cut, windows.rank, windows.group).flatten(1, 3)
+def all_proxies(means: Tensor, share: Share) -> Tensor:
+    """The proxies of the whole grid, (B, M, C), of a rank's own."""
+    own = means.unflatten(1, share.means.shapes[share.rank])
+    return _GatherProxies.apply(own, share.means, share.rank, share.group).flatten(1, 3)
 
 
 def cut_input(x: Tensor, cut: Cut, share: Share, first: int) -> Tensor:
@@ -254,12 +251,12 @@ def _gather(x: Tensor, cut: Cut, group: str, first: int) -> Tensor:
     """Boxes differ in size, and what is sent does not: each is filled up to the largest."""
     before, after = x.shape[:first], x.shape[first + 3 :]
     per_token = before.numel() * after.numel()
-    sizes, flat = cut.sizes(), x.flatten()
-    flat = F.pad(flat, (0, per_token * max(sizes) - flat.numel()))
+    flat = x.flatten()
+    flat = F.pad(flat, (0, per_token * max(cut.sizes) - flat.numel()))
     rows = wait(collectives.all_gather_into_tensor(flat, cut.ranks, group)).chunk(cut.ranks)
     boxes = [
-        row[: per_token * size].view(*before, *cut.shape(rank), *after)
-        for rank, (row, size) in enumerate(zip(rows, sizes, strict=True))
+        row[: per_token * size].view(*before, *shape, *after)
+        for row, size, shape in zip(rows, cut.sizes, cut.shapes, strict=True)
     ]
     return join(boxes, cut.lengths, first)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..geometry import Triple, WindowGrid, window_grid
@@ -29,6 +29,14 @@ class Cut:
     """
 
     bounds: Bounds
+    # Of every rank: its box's lengths, and how many positions it holds.
+    shapes: tuple[Triple, ...] = field(init=False, compare=False, repr=False)
+    sizes: tuple[int, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shapes = tuple(itertools.product(*self.lengths))
+        object.__setattr__(self, "shapes", shapes)
+        object.__setattr__(self, "sizes", tuple(map(math.prod, shapes)))
 
     @property
     def parts(self) -> Triple:
@@ -65,18 +73,10 @@ class Cut:
         )
         return (f, h, w)
 
-    def shape(self, rank: int) -> Triple:
-        f, h, w = map(len, self.box(rank))
-        return (f, h, w)
-
     @property
     def lengths(self) -> list[list[int]]:
         """Of the parts of each axis."""
         return [[b - a for a, b in itertools.pairwise(points)] for points in self.bounds]
-
-    def sizes(self) -> list[int]:
-        """What every rank holds."""
-        return [math.prod(self.shape(rank)) for rank in range(self.ranks)]
 
     def scaled(self, *by: int) -> Cut:
         """The same cut of a finer grid, such as of pixels."""
@@ -163,26 +163,32 @@ class Share(WindowGrid):
         rank: within the cut.
         group: the name of the process group whose ranks these are.
         trip: of its tokens to where shifted windows are whole; None where they are.
+        means: the same cut of the windows' means.
     """
 
     cut: Cut = Cut(((0, 1),) * 3)
     rank: int = 0
     group: str = ""
     trip: Trip | None = None
+    means: Cut = Cut(((0, 1),) * 3)
 
     @classmethod
     def of(cls, windows: WindowGrid, cut: Cut, rank: int, group: str) -> Share:
         """A rank's share of an unshifted grid."""
         moved = cut.moved(half(windows.window))
         trip = None if moved == cut else Trip.of(rank, cut, moved)
-        return cls(cut.shape(rank), windows.window, cut=cut, rank=rank, group=group, trip=trip)
+        means = cut.of_windows(windows.window)
+        return cls(
+            cut.shapes[rank], windows.window, cut=cut, rank=rank, group=group, trip=trip,
+            means=means,
+        )  # fmt: skip
 
     def shifted(self) -> WindowGrid:
         """The shifted windows that this rank attends within, once tokens have moved."""
+        grid = self.grid if self.trip is None else tuple(map(sum, self.trip.taken.lengths))
         # From the second part of an axis on, a box begins where a window does.
-        shift, place = half(self.window), self.cut.place(self.rank)
-        f, h, w = (s if i == 0 else 0 for s, i in zip(shift, place, strict=True))
-        return window_grid(self.cut.moved(shift).shape(self.rank), self.window, (f, h, w))
+        places = zip(half(self.window), self.cut.place(self.rank), strict=True)
+        return window_grid(grid, self.window, tuple(s if i == 0 else 0 for s, i in places))
 
 
 def half(window: Sequence[int]) -> Triple:
@@ -223,7 +229,7 @@ def _find_cut(windows: WindowGrid, proxies: WindowGrid, ranks: int) -> Cut:
             f"{windows.window} and proxies of {proxies.window}: it has {tuple(most)} parts per "
             f"axis; these numbers of ranks can: {known}"
         )
-    return min(cuts, key=lambda cut: (max(cut.sizes()), _moved(cut, windows)))
+    return min(cuts, key=lambda cut: (max(cut.sizes), _moved(cut, windows)))
 
 
 def _moved(cut: Cut, windows: WindowGrid) -> int:

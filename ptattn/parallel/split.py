@@ -15,6 +15,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from .. import context
 from ..geometry import WindowGrid
+from ..memo import Memo
 from .agreement import Agreement, bits
 from .exchange import cut_input, gather_output, same_input
 from .gradients import average
@@ -102,6 +103,7 @@ class TokenSplit:
         self.ranks, self.rank = group.size(), mesh.get_local_rank()
         self.group, self.members = group.group_name, dist.get_process_group_ranks(group)
         self.agreement = Agreement(group)
+        self._shares: Memo[tuple[Share, Share]] = Memo()
         self._compared = False  # values, which are looked at once where that waits for a GPU
         self._pass, self._parts = -1, list[nn.Module]()  # of the backward pass that goes on
 
@@ -132,11 +134,15 @@ class TokenSplit:
         looked = not self._compared or leaf.device.type == "cpu"
         return said + (f", values of sum {bits(leaf)}" if looked and not leaf.is_meta else "")
 
+    @torch.compiler.disable
     def shares(self, proxies: WindowGrid, windows: WindowGrid) -> tuple[Share, Share]:
         """This rank's windows of both kinds, of those of the whole grid."""
-        cut = find_cut(windows, proxies, self.ranks)
-        own, attended = (Share.of(grid, cut, self.rank, self.group) for grid in (proxies, windows))
-        return own, attended
+        found = self._shares.get((proxies, windows))
+        if found is None:
+            cut = find_cut(windows, proxies, self.ranks)
+            own = [Share.of(grid, cut, self.rank, self.group) for grid in (proxies, windows)]
+            found = self._shares.keep((proxies, windows), (own[0], own[1]))
+        return found
 
     @torch.compiler.disable
     def cut(self, x: Tensor, share: Share, first: int, scale: int = 1) -> Tensor:

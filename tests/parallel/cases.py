@@ -238,13 +238,14 @@ def in_ddp(mesh: Any) -> dict[str, float]:
     return differences({n.removeprefix("module."): t for n, t in ours.items()}, gold)
 
 
-def sharded(mesh: Any) -> dict[str, float]:
-    """Weights sharded over the ranks that share the tokens."""
+def sharded(mesh: Any, first: bool) -> dict[str, float]:
+    """Weights sharded over the ranks that share the tokens; before the split, or after it."""
     made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
     gold = measured(made, **given)
-    _shard(made, mesh)
-    ours = measured(split_tokens(made, mesh), **given)
-    return differences(_full(ours), gold)
+    steps = [partial(_shard, made, mesh), partial(split_tokens, made, mesh)]
+    for step in steps if first else reversed(steps):
+        step()
+    return differences(_full(measured(made, **given)), gold)
 
 
 def data_and_tokens(mesh: Any, sharding: str) -> dict[str, float]:

@@ -51,7 +51,8 @@ COMBINED = {
     "accumulated": (cases.accumulated, {}),
     "guided": (cases.guided, {}),
     "ddp": (cases.in_ddp, {}),
-    "fsdp": (cases.sharded, {}),
+    "fsdp": (cases.sharded, dict(first=True)),
+    "fsdp-after": (cases.sharded, dict(first=False)),
 }
 
 
