@@ -41,12 +41,14 @@ class Traffic:
         forward, backward: of each rank.
         messages: that a forward waits for, one after the other.
         held: the most tokens that a rank holds, over its equal share.
+        shifted: the most that it has for shifted attention, over the same.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     messages: int
     held: float = 1.0
+    shifted: float = 1.0
 
     def mean(self, training: bool = False) -> float:
         return sum(self._sent(training)) / len(self.forward)
@@ -72,8 +74,9 @@ def windows(windows: WindowGrid, proxies: WindowGrid, ranks: int, shift: bool = 
         moved = sum(sum(side.counts) for side in share.trip or ()) if shift else 0
         sent.append(float((ranks - 1) * most + moved))
     messages = 1 + (2 if shift and shares[0].trip else 0)
-    held = max(cut.sizes) * ranks / windows.num_tokens
-    return Traffic(tuple(sent), tuple(sent), messages, held)
+    equal = windows.num_tokens / ranks
+    shifted = max(share.shifted().num_tokens for share in shares) if shift else max(cut.sizes)
+    return Traffic(tuple(sent), tuple(sent), messages, max(cut.sizes) / equal, shifted / equal)
 
 
 def ulysses(tokens: int, ranks: int) -> Traffic:
