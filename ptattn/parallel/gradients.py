@@ -11,7 +11,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .exchange import collectives, wait
 
-BUCKET = 2**26  # bytes that are averaged by one collective
+BUCKET = 2**25  # bytes that are averaged by one collective
 
 
 def average(parameters: Iterable[nn.Parameter], ranks: list[int], group: str) -> None:
@@ -27,7 +27,7 @@ def average(parameters: Iterable[nn.Parameter], ranks: list[int], group: str) ->
     """
     for bucket in _buckets(_local_gradients(parameters, ranks)):
         total = wait(collectives.all_reduce(_flatten_dense_tensors(bucket), "sum", group))
-        means = _unflatten_dense_tensors(total / len(ranks), bucket)
+        means = _unflatten_dense_tensors(total.div_(len(ranks)), bucket)
         torch._foreach_copy_(bucket, list(means))
 
 
