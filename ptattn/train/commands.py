@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import files
 from ..capture import CaptureError
 from ..checkpoint import load_model
 from ..command_line import UsageError, count, number
 from ..graphs import graphed
+from ..parallel import split_tokens
+from ..parallel.launch import launched
 from . import config as configs
 from .config import Config
 from .state import CLASSES, MODEL, read_config
@@ -69,7 +72,8 @@ def add_parsers(commands: Any) -> None:
         "sample",
         help="draw with a model that `ptattn train` has trained, or with a pipeline",
         description="Draw with a trained model: a PNG grid of images, a GIF of videos and views. "
-        "Or draw images with a text-to-image pipeline that was saved to a folder.",
+        "Or draw images with a text-to-image pipeline that was saved to a folder. Several "
+        "processes share the tokens of each: torchrun -m ptattn sample ...",
     )
     sample.add_argument("folder", metavar="FOLDER", help="of a run, or of a pipeline")
     sample.add_argument(
@@ -125,26 +129,32 @@ def _sample(options: argparse.Namespace, command: str) -> int:
         from .pictures import save_grid
 
         names = [name for name in options.conditions for _ in range(options.count)]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if options.graph and device.type != "cuda":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if options.graph and kind != "cuda":
             raise UsageError("argument --graph: needs a CUDA GPU, and torch finds none")
-        graph = device.type == "cuda" and options.graph is not False
         settings = dict(seed=options.seed, steps=options.steps, guidance=options.guidance)
-        if (folder / PIPELINE).is_file():
-            from .pipelines import draw as draw_images
+        with launched(kind) as mesh:
+            if options.graph and mesh is not None:
+                raise UsageError("argument --graph: no graph holds a model of several processes")
+            graph = kind == "cuda" and mesh is None and options.graph is not False
+            if (folder / PIPELINE).is_file():
+                from .pipelines import draw as draw_images
 
-            pictures = draw_images(folder, names, options.size or (1024, 1024), graph, **settings)
-        elif options.size is not None:
-            raise UsageError(f"argument --size: {folder} is no folder of a pipeline")
-        else:
-            pictures = _draw(folder, names, device, graph, **settings)
-        print(save_grid(pictures, names, Path(options.out)))
+                size = options.size or (1024, 1024)
+                pictures = draw_images(folder, names, size, graph, mesh, **settings)
+            elif options.size is not None:
+                raise UsageError(f"argument --size: {folder} is no folder of a pipeline")
+            else:
+                pictures = _draw(folder, names, kind, graph, mesh, **settings)
+            if mesh is None or mesh.get_rank() == 0:
+                print(save_grid(pictures, names, Path(options.out)))
     return 0
 
 
 def _draw(
-    folder: Path, names: Sequence[str], device: torch.device, graph: bool, **settings: Any
-) -> torch.Tensor:
+    folder: Path, names: Sequence[str], device: str, graph: bool, mesh: DeviceMesh | None,
+    **settings: Any,
+) -> torch.Tensor:  # fmt: skip
     """Pictures by the model of a run."""
     from .sampling import draw
 
@@ -152,7 +162,9 @@ def _draw(
     if not (folder / MODEL).is_dir():
         raise ValueError(f"{folder} holds no checkpoint yet")
     conditions = _conditions(names, config, folder)
-    model = load_model(folder / MODEL).eval().to(device)
+    model: Any = load_model(folder / MODEL).eval().to(device)
+    if mesh is not None:
+        split_tokens(model, mesh)
     return draw(graphed(model) if graph else model, config, conditions, device=device, **settings)
 
 

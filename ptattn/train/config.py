@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ..flow import OBJECTIVES, Objective, resolution_shift
 from ..models import DiT, ModelConfig, PTDiT
+from ..parallel import find_cut
 
 T = TypeVar("T")
 ARCHITECTURES: dict[str, type[PTDiT | DiT]] = {"pt-dit": PTDiT, "dit": DiT}
@@ -86,6 +87,8 @@ class Config:
         steps: of the optimizer.
         batch_size: examples per step, over all processes and accumulated parts.
         accumulation: parts of a batch whose gradients are added up, to save memory.
+        token_ranks: processes that share the tokens of every example (`parallel.split_tokens`); a
+            divisor of the number of processes, the rest of which share the batch.
         precision: "fp32", or "bf16" by autocast.
         learning_rate, weight_decay: of AdamW; the rate rises linearly for the first `warmup` steps.
         clip: gradients are scaled down to this norm.
@@ -104,6 +107,7 @@ class Config:
     objective: str = "flow"
     shift: float | None = None
     accumulation: int = 1
+    token_ranks: int = 1
     precision: str = "fp32"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -118,8 +122,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _positive(
-            self, "steps", "batch_size", "accumulation", "save_every", "sample_every", "clip",
-            "learning_rate", "shift",
+            self, "steps", "batch_size", "accumulation", "token_ranks", "save_every",
+            "sample_every", "clip", "learning_rate", "shift",
         )  # fmt: skip
         _one_of(self, architecture=ARCHITECTURES, objective=OBJECTIVES, precision=PRECISIONS)
         for name in ("ema", "drop_condition"):
@@ -147,6 +151,20 @@ class Config:
                 f"got {list(self.data.size)}"
             )
 
+        self._check_token_ranks()
+
+    def _check_token_ranks(self) -> None:
+        if self.token_ranks == 1:
+            return
+        if self.architecture != "pt-dit":
+            raise ValueError(f"token_ranks must be 1 for {self.architecture}, which has no windows")
+        height, width = (side // self.model.patch_size for side in self.data.size)
+        proxies, windows = self.model.window_grids((self.data.frames, height, width))
+        try:
+            find_cut(windows, proxies, self.token_ranks)
+        except ValueError as error:
+            raise ValueError(f"token_ranks: {error}") from None
+
     def create_model(self) -> PTDiT | DiT:
         return ARCHITECTURES[self.architecture](self.model)
 
@@ -169,7 +187,7 @@ class Config:
 
 
 # What may differ when a run goes on: none of it changes what a step computes.
-_FREE = {"steps", "save_every", "sample_every", "samples", "data.workers"}
+_FREE = {"steps", "token_ranks", "save_every", "sample_every", "samples", "data.workers"}
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..graphs import graphed
+from ..parallel import split_tokens
 from ..pipelines import PTDiTPipeline
 from .data.stream import PICTURE, generator
 
@@ -18,6 +20,7 @@ def draw(
     prompts: Sequence[str],
     size: tuple[int, int],
     graph: bool,
+    mesh: DeviceMesh | None = None,
     *,
     seed: int,
     steps: int | None = None,
@@ -29,6 +32,7 @@ def draw(
         prompts: one for each image.
         size: height and width in pixels.
         graph: whether to replay the transformer as a CUDA graph.
+        mesh: of processes that share the tokens of each image.
         seed: image i depends on the seed and i, not on the others.
         steps, guidance: by default the pipeline's.
 
@@ -44,6 +48,8 @@ def draw(
     pipeline = PTDiTPipeline.from_pretrained(folder, dtype=dtypes)
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload()
+    if mesh is not None:
+        split_tokens(pipeline.transformer, mesh)
     if graph:
         pipeline.transformer = graphed(pipeline.transformer)
     height, width = size
