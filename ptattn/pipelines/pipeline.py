@@ -65,7 +65,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         ValueError: components that do not fit each other.
         ImportError: no ftfy or BeautifulSoup, which clean captions.
 
-    Example:
+    Examples:
         >>> pipeline = PTDiTPipeline.from_pretrained("folder", dtype=torch.bfloat16)
         >>> pipeline.enable_model_cpu_offload()
         >>> pipeline("a lighthouse at dusk", height=512, width=768).images[0].save("out.png")
