@@ -26,6 +26,7 @@ DASHES: dict[str, Any] = dict(linestyle=(0, (4, 2)), linewidth=1.6)
 SIZE = 17, 6.25  # inches of three panels
 PANELS = 3
 
+Picture = tuple[str, str, Callable[[Result], "bytes | None"]]
 Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
 
 
@@ -35,16 +36,18 @@ def draw(result: Result) -> list[tuple[str, str, bytes]]:
     return [(text, name, png) for text, name, make in known if (png := make(result))]
 
 
-def pictures(kind: str) -> list[tuple[str, str, Callable[[Result], bytes | None]]]:
+def pictures(kind: str) -> list[Picture]:
     """Caption, file and maker of all that a result of this kind can have."""
     if kind == memory.KIND:
         return [("Peak memory of training against frames", f"{kind}.png", peaks)]
+    name = "latency.png" if kind == "compare" else f"{kind}.png"
+    found: list[Picture] = [("Forward time against tokens", name, times)]
     if kind == "compare":
-        first = [("Multiply-adds against tokens", "gflops.png", multiply_adds)]
-        return [*first, ("Forward time against tokens", "latency.png", times)]
-    first = [("Speed against full attention, and against the floor", "speed.png", speed)]
-    found = [("Forward time against tokens", f"{kind}.png", times)]
-    return [*first, *found] if kind == "gpu" else found
+        found.insert(0, ("Multiply-adds against tokens", "gflops.png", multiply_adds))
+    if kind == "gpu":
+        text = "Speed against full attention, and against the floor"
+        found.insert(0, (text, "speed.png", speed))
+    return found
 
 
 # Images at batch 1.

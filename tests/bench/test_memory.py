@@ -35,7 +35,6 @@ def test_windows_of_a_video_take_no_memory_for_scores(frames, heads, shift):
     peak, _ = peaks.added(call, "cpu")
     if not peaks.reset():
         pytest.skip("this system does not reset a process's peak of memory")
-    print(peak / out.nbytes)
     assert out.nbytes <= peak < 4.3 * out.nbytes
 
 
