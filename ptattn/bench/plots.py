@@ -26,8 +26,8 @@ DASHES: dict[str, Any] = dict(linestyle=(0, (4, 2)), linewidth=1.6)
 SIZE = 17, 6.25  # inches of three panels
 PANELS = 3
 
-Picture = tuple[str, str, Callable[[Result], "bytes | None"]]
 Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
+Make = Callable[[Result], bytes | None]
 
 
 def draw(result: Result) -> list[tuple[str, str, bytes]]:
@@ -36,17 +36,16 @@ def draw(result: Result) -> list[tuple[str, str, bytes]]:
     return [(text, name, png) for text, name, make in known if (png := make(result))]
 
 
-def pictures(kind: str) -> list[Picture]:
+def pictures(kind: str) -> list[tuple[str, str, Make]]:
     """Caption, file and maker of all that a result of this kind can have."""
     if kind == memory.KIND:
         return [("Peak memory of training against frames", f"{kind}.png", peaks)]
     name = "latency.png" if kind == "compare" else f"{kind}.png"
-    found: list[Picture] = [("Forward time against tokens", name, times)]
+    found: list[tuple[str, str, Make]] = [("Forward time against tokens", name, times)]
     if kind == "compare":
         found.insert(0, ("Multiply-adds against tokens", "gflops.png", multiply_adds))
     if kind == "gpu":
-        text = "Speed against full attention, and against the floor"
-        found.insert(0, (text, "speed.png", speed))
+        found.insert(0, ("Speed against full attention and the floor", "speed.png", speed))
     return found
 
 
