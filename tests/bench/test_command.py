@@ -122,7 +122,5 @@ def test_make_bench_checks_and_runs_blocks_and_operations(task, part):
     benchmark = mock.Mock(pedantic=lambda run, **options: ran.append(run()))
     test_bench.test_block(benchmark, "dit-s", 32, task)
     assert benchmark.name == "DiT/S"
-    test_bench.test_operation(
-        benchmark, tiny("window"), "forward" if task == floor.FORWARD else "backward"
-    )
+    test_bench.test_operation(benchmark, tiny("window"), part)
     assert len(ran) == 2
