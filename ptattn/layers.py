@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from . import backends, ops
 from .context import autocast_dtype, has_hooks
 from .geometry import WindowGrid
+from .parallel.exchange import all_proxies, shifted_attention
+from .parallel.shares import Share
 from .recompute import feed, recomputed
 
 NORM_EPS = 1e-6
@@ -62,13 +64,18 @@ class Residual(NamedTuple):
         return total, recomputed(normed, norm, total, *vectors)
 
     def norm_and_means(self, windows: WindowGrid, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum, its LayerNorm and its window means."""
+        """The sum, its LayerNorm and the window means of the whole grid, of which ranks may share
+        the tokens."""
+        options: dict[str, Any] = dict(eps=NORM_EPS, backend=backend)
         if self.y is None:
-            made = ops.layer_norm_window_mean(self.x, windows, eps=NORM_EPS, backend=backend)
-            return self.x, *made
-        return ops.residual_layer_norm_window_mean(
-            self.x, self.y, self.gate, windows, eps=NORM_EPS, backend=backend
-        )
+            total, (normed, means) = self.x, ops.layer_norm_window_mean(self.x, windows, **options)
+        else:
+            total, normed, means = ops.residual_layer_norm_window_mean(
+                self.x, self.y, self.gate, windows, **options
+            )
+        if isinstance(windows, Share):
+            means = all_proxies(means, windows)
+        return total, normed, means
 
 
 class KeysValues(NamedTuple):
@@ -121,9 +128,12 @@ class SelfAttention(_Attention):
         """(B, N, C) -> (B, N, C), dense or within `windows`."""
         return self.proj(self.attend(x, windows))
 
-    def attend(self, x: Tensor, windows: WindowGrid | None = None) -> Tensor:
-        """The heads' outputs, not yet projected."""
-        qkv = feed(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
+    def attend(
+        self, x: Tensor, windows: WindowGrid | None = None, *, packed: bool = False
+    ) -> Tensor:
+        """The heads' outputs, not yet projected; of (B, N, 3C) where x is `packed` already."""
+        qkv = x if packed else feed(self.qkv, x)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if windows is None:
             out = ops.packed_attention(qkv, backend=self.backend)
         else:
@@ -320,8 +330,15 @@ class TextureComplement(nn.Module):
         plain, shifted = modulation or (None, None)
         first = Residual(x, self.window_attn(normed, windows), plain.gate if plain else None)
         x, normed = first.norm(shifted, self.window_attn.backend)
-        z = self.shifted_attn.attend(normed, windows.shifted() if self.shift else windows)
-        return first, Residual(x, self._close(z, shifted.gate if shifted else None))
+        attn, gate = self.shifted_attn, shifted.gate if shifted else None
+        if self.shift and isinstance(windows, Share) and windows.trip is not None:
+            project, attend = partial(feed, attn.qkv), partial(attn.attend, packed=True)
+            close = partial(self._close, gate=gate)
+            y = shifted_attention(project, attend, close, normed, windows, windows.trip)
+        else:
+            z = attn.attend(normed, windows.shifted() if self.shift else windows)
+            y = self._close(z, gate)
+        return first, Residual(x, y)
 
     def _close(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """Z · (gate · projection of the heads' outputs)."""

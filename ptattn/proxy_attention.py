@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from . import ops
 from .geometry import WindowGrid, window_grid
 from .layers import GlobalInteraction, Residual, TextureComplement, check_like_weights
+from .parallel import Share, TokenSplit
+from .parallel.exchange import all_proxies
 
 
 class ProxyAttention(nn.Module):
@@ -44,6 +46,8 @@ class ProxyAttention(nn.Module):
         >>> attn(torch.randn(2, 16, 24, 64)).shape
         torch.Size([2, 16, 24, 64])
     """
+
+    token_split: TokenSplit | None = None  # while ranks share its tokens
 
     def __init__(
         self,
@@ -90,6 +94,8 @@ class ProxyAttention(nn.Module):
             ValueError: another shape, C != dim, no grid, a grid that does not hold N tokens, or a
                 mask or other argument of the host that asks for something.
         """
+        if self.token_split is not None:
+            self.token_split.check(self, x=x, grid=grid, **host)
         _refuse(host)
         if x.ndim not in (3, 4, 5) or x.shape[-1] != self.dim:
             raise ValueError(
@@ -97,10 +103,22 @@ class ProxyAttention(nn.Module):
                 f"(B, f, h, w, {self.dim}); got {tuple(x.shape)}"
             )
         check_like_weights("x", x, self.texture_complement.window_attn.qkv)
-        grid, tokens, backend = self._grid_of(x, grid), x.flatten(1, -2), self.backend
+        grid, tokens = self._grid_of(x, grid), x.flatten(1, -2)
         proxies, windows = window_grid(grid, self.proxy_window), window_grid(grid, self.window)
+        if self.token_split is None:
+            return self._attend(tokens, proxies, windows).view(x.shape)
+        own_proxies, own = self.token_split.shares(proxies, windows)
+        box = self.token_split.cut(tokens.unflatten(1, tuple(windows.grid)), own, first=1)
+        out = self._attend(box.flatten(1, 3), own_proxies, own).unflatten(1, tuple(own.grid))
+        return self.token_split.join(out, own, first=1, of=self).view(x.shape)
+
+    def _attend(self, tokens: Tensor, proxies: WindowGrid, windows: WindowGrid) -> Tensor:
+        """What to add to tokens (B, N, C)."""
+        backend = self.backend
         if self.prenormed:
             means = ops.window_mean(tokens, proxies, backend=backend)
+            if isinstance(proxies, Share):
+                means = all_proxies(means, proxies)
             delta = self.global_interaction._branch(tokens, means)
             total = normed = tokens + delta
         else:
@@ -108,7 +126,7 @@ class ProxyAttention(nn.Module):
             delta = self.global_interaction._branch(normed, means)
             total, normed = Residual(tokens, delta).norm(None, backend)
         branches: Any = self.texture_complement._branches(total, normed, windows)
-        return sum((branch.y for branch in branches), delta).view(x.shape)
+        return sum((branch.y for branch in branches), delta)
 
     @staticmethod
     def for_grid(

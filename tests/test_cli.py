@@ -37,7 +37,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_compare_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its child process starts afresh."""
     out = tmp_path / "deep" / "results"
-    arguments = [*TINY, "2x32", "--dtype", "fp32", "--budget", "20", "--out", str(out)]
+    arguments = [*TINY, "2x32", "--dtype", "fp32", "--budget", "100", "--out", str(out)]
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert {path.name for path in out.iterdir()} == FILES
@@ -151,7 +151,7 @@ def test_compare_on_the_kernels(
 ) -> None:
     """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
     monkeypatch.setattr(harness, "Isolated", Here)
-    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "9"]
+    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "100"]
     arguments = ["compare", *MODELS, *sizes, "--device", "cpu", "--backend", "triton"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

@@ -19,6 +19,7 @@ from ..command_line import UsageError, count, now, number, open_folder, require
 from ..models import list_models
 from . import clocks, harness, workloads
 from .harness import Bench
+from .isolation import WorkerError
 from .model_run import ModelWorkload
 from .results import Result
 from .workloads import DTYPES, Settings, Size
@@ -75,7 +76,10 @@ def compare(options: argparse.Namespace, command: str) -> int:
     isolated = harness.Isolated(settings, make)
     progress = Progress(len(chosen))
     try:
-        isolated.start()  # before the budget begins
+        try:
+            isolated.start()  # before the budget begins
+        except WorkerError as failure:
+            raise UsageError(str(failure)) from None
         found = harness.measure(chosen, make(settings), progress, isolated)
         return report.carry_out(done, found, out, progress)
     finally:

@@ -25,6 +25,7 @@ from ..layers import (
     check_like_weights,
     is_plain,
 )
+from ..parallel.shares import Share
 from ..recompute import feed, recomputed
 from .condition import ClassCondition, Condition, PreparedCaption, TextCondition
 from .configs import Configured, ModelConfig
@@ -41,17 +42,29 @@ class PatchEmbed(nn.Module):
         self.position_scale = max(config.sample_size // 64, 1)
         self.proj = nn.Conv2d(config.in_channels, config.dim, config.patch_size, config.patch_size)
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Triple]:
-        """(B, C, F, H, W) or (B, C, H, W) -> (B, N, D) tokens and their grid (f, h, w)."""
+    def grid(self, latents: Tensor) -> Triple:
+        """Of the tokens, (f, h, w)."""
+        f = latents.shape[2] if latents.ndim == 5 else 1
+        h, w = (side // self.patch_size for side in latents.shape[-2:])
+        return (f, h, w)
+
+    def forward(self, latents: Tensor, windows: WindowGrid | None = None) -> tuple[Tensor, Triple]:
+        """(B, C, F, H, W) or (B, C, H, W) -> (B, N, D) tokens and their grid (f, h, w).
+
+        Where `windows` are a rank's share of a grid, so are the latents.
+        """
         check_like_weights("latents", latents, self.proj)
+        grid = self.grid(latents)
         if latents.ndim == 4:
             latents = latents.unsqueeze(2)
-        b, _, f, h, w = latents.shape
-        grid = (f, h // self.patch_size, w // self.patch_size)
+        b, _, f, _, _ = latents.shape
         x = self.proj(latents.transpose(1, 2).flatten(0, 1))  # (B·F, D, h, w)
         x = x.unflatten(0, (b, f)).flatten(3).transpose(2, 3).flatten(1, 2)
         x = x.to(self.proj.weight.dtype)  # under autocast the residual stream stays wide
-        return x + position_embedding(grid, x, self.position_scale), grid
+        whole, box = (grid, None)
+        if isinstance(windows, Share):
+            whole, box = windows.cut.grid, windows.cut.box(windows.rank)
+        return x + position_embedding(whole, x, self.position_scale, box), grid
 
 
 class AdaLNSingle(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,19 +16,29 @@ _kept: dict[tuple[Any, ...], Tensor] = {}
 _MOST_KEPT = 1024
 
 
-def position_embedding(grid: Triple, like: Tensor, scale: float = 1) -> Tensor:
-    """Fixed 3-D sin-cos embedding (N, D) of a token grid, with the dtype and device of `like`.
+def position_embedding(
+    grid: Triple, like: Tensor, scale: float = 1, box: Sequence[range] | None = None
+) -> Tensor:
+    """Fixed 3-D sin-cos embedding (N, D) of a token grid, with the dtype and device of `like`; of
+    the positions in a box of it, where one is given.
 
     Channels [0, D/4) encode the frame, [D/4, 5D/8) the column, [5D/8, D) the row, each as [sin,
     cos] of position · 10000^(-i / (n/2)); rows and columns are divided by `scale`.
     """
-    f, h, w = grid
     dim = like.shape[-1]
     frame, side = dim // 4, 3 * dim // 8
+    frames = _axis(grid[0], frame, 1, like)
+    rows, columns = (_axis(length, side, scale, like) for length in grid[1:])
+    if box is not None:
+        frames, rows, columns = (
+            axis[own.start : own.stop]
+            for axis, own in zip((frames, rows, columns), box, strict=True)
+        )
+    f, h, w = map(len, (frames, rows, columns))
     parts = (
-        _axis(f, frame, 1, like)[:, None, None].expand(f, h, w, frame),
-        _axis(w, side, scale, like)[None, None].expand(f, h, w, side),
-        _axis(h, side, scale, like)[None, :, None].expand(f, h, w, side),
+        frames[:, None, None].expand(f, h, w, frame),
+        columns[None, None].expand(f, h, w, side),
+        rows[None, :, None].expand(f, h, w, side),
     )
     return torch.cat(parts, dim=-1).flatten(0, 2)
 

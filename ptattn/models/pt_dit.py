@@ -5,10 +5,13 @@ One code path for text and classes, images and video.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid
 from ..layers import CrossAttention, GlobalInteraction, Residual, TextureComplement, ZeroLinear
+from ..parallel import TokenSplit
 from .blocks import (
     AdaLNSingle,
     AdaLNZero,
@@ -86,6 +89,8 @@ class PTDiT(Captioned, nn.Module):
         torch.Size([2, 8, 32, 48])
     """
 
+    token_split: TokenSplit | None = None  # while ranks share its tokens
+
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.model_config = config
@@ -121,12 +126,30 @@ class PTDiT(Captioned, nn.Module):
         Raises:
             TypeError, ValueError: naming the argument; a condition of the other kind.
         """
+        if self.token_split is not None:
+            self.token_split.check(
+                self, latents=latents, timestep=timestep, caption=caption,
+                caption_mask=caption_mask, labels=labels,
+            )  # fmt: skip
         caption_mask = check_inputs(
             self.model_config, latents, timestep, caption, caption_mask, labels
         )
-        condition = self.condition(timestep, caption, caption_mask, labels)
-        x, grid = self.patch_embed(latents)
-        proxies, windows = self.model_config.window_grids(grid)
+        if latents.ndim == 4:
+            x = self._predict(latents.unsqueeze(2), timestep, caption, caption_mask, labels)
+            return x.squeeze(2)
+        return self._predict(latents, timestep, caption, caption_mask, labels)
+
+    def _predict(self, latents: Tensor, timestep: Tensor, caption: Any, *others: Any) -> Tensor:
+        """Of checked inputs, latents (B, C, F, H, W)."""
+        split, patch = self.token_split, self.model_config.patch_size
+        proxies, windows = self.model_config.window_grids(self.patch_embed.grid(latents))
+        if split is not None:
+            own_proxies, own = split.shares(proxies, windows)
+            proxies, windows = own_proxies, own
+            latents = split.cut(latents, own, first=2, scale=patch)
+            timestep, caption = split.same((timestep, caption), own)
+        condition = self.condition(timestep, caption, *others)
+        x, grid = self.patch_embed(latents, windows)
         stream = self.blocks(Residual(x), condition, proxies, windows)
         x = self.output(stream, grid, condition)
-        return x if latents.ndim == 5 else x.squeeze(2)
+        return x if split is None else split.join(x, own, first=2, scale=patch, of=self)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ..flow import OBJECTIVES, Objective, resolution_shift
 from ..models import DiT, ModelConfig, PTDiT
+from ..parallel import find_cut
 
 T = TypeVar("T")
 ARCHITECTURES: dict[str, type[PTDiT | DiT]] = {"pt-dit": PTDiT, "dit": DiT}
@@ -26,11 +27,12 @@ class DataConfig:
     """Where examples come from.
 
     Args:
-        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", or a function of
-            yours as "module:function" (`data.load`).
-        size: height and width in pixels; pictures are scaled and cropped to it.
-        frames: of a video or views around an object; 1 for images.
-        folder: of your own images or videos.
+        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", what
+            `ptattn encode` makes of them, "latents", or a function of yours as "module:function"
+            (`data.load`).
+        size: height and width in pixels; pictures are scaled and cropped to it. Of latents, theirs.
+        frames: of a video or views around an object; 1 for images. Of latents, theirs.
+        folder: of your own images, videos or latents.
         captions: your own captions, JSON lines {"file_name": ..., "text": ...}, one or several
             for a file; by default metadata.jsonl in the folder. Without captions, subfolders are
             classes.
@@ -77,7 +79,7 @@ class Config:
 
     Args:
         data: where examples come from.
-        model: its sizes; in_channels 1 or 3 for pixels in grey or colour.
+        model: its sizes; in_channels 1 or 3 for pixels in grey or colour, or those of latents.
         architecture: "pt-dit", or "dit" to compare with.
         objective: "flow", or "v" as in the paper.
         shift: of noise levels; by default that of the resolution, where a pixel of the data counts
@@ -85,6 +87,8 @@ class Config:
         steps: of the optimizer.
         batch_size: examples per step, over all processes and accumulated parts.
         accumulation: parts of a batch whose gradients are added up, to save memory.
+        token_ranks: processes that share the tokens of every example (`parallel.split_tokens`); a
+            divisor of the number of processes, the rest of which share the batch.
         precision: "fp32", or "bf16" by autocast.
         learning_rate, weight_decay: of AdamW; the rate rises linearly for the first `warmup` steps.
         clip: gradients are scaled down to this norm.
@@ -103,6 +107,7 @@ class Config:
     objective: str = "flow"
     shift: float | None = None
     accumulation: int = 1
+    token_ranks: int = 1
     precision: str = "fp32"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -117,8 +122,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _positive(
-            self, "steps", "batch_size", "accumulation", "save_every", "sample_every", "clip",
-            "learning_rate", "shift",
+            self, "steps", "batch_size", "accumulation", "token_ranks", "save_every",
+            "sample_every", "clip", "learning_rate", "shift",
         )  # fmt: skip
         _one_of(self, architecture=ARCHITECTURES, objective=OBJECTIVES, precision=PRECISIONS)
         for name in ("ema", "drop_condition"):
@@ -127,7 +132,7 @@ class Config:
         for name in ("warmup", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if self.model.in_channels not in (1, 3):
+        if self.data.source != "latents" and self.model.in_channels not in (1, 3):
             raise ValueError(
                 f"model.in_channels must be 1 (grey) or 3 (colour); got {self.model.in_channels}"
             )
@@ -145,6 +150,20 @@ class Config:
                 f"data.size must be multiples of model.patch_size, {self.model.patch_size}; "
                 f"got {list(self.data.size)}"
             )
+
+        self._check_token_ranks()
+
+    def _check_token_ranks(self) -> None:
+        if self.token_ranks == 1:
+            return
+        if self.architecture != "pt-dit":
+            raise ValueError(f"token_ranks must be 1 for {self.architecture}, which has no windows")
+        height, width = (side // self.model.patch_size for side in self.data.size)
+        proxies, windows = self.model.window_grids((self.data.frames, height, width))
+        try:
+            find_cut(windows, proxies, self.token_ranks)
+        except ValueError as error:
+            raise ValueError(f"token_ranks: {error}") from None
 
     def create_model(self) -> PTDiT | DiT:
         return ARCHITECTURES[self.architecture](self.model)
@@ -168,7 +187,7 @@ class Config:
 
 
 # What may differ when a run goes on: none of it changes what a step computes.
-_FREE = {"steps", "save_every", "sample_every", "samples", "data.workers"}
+_FREE = {"steps", "token_ranks", "save_every", "sample_every", "samples", "data.workers"}
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from .. import files, flow
+from ..parallel import split_tokens
 from .config import Config
 from .data import Conditions, batches, load
 from .log import Log
@@ -50,7 +52,7 @@ def train(config: Config, folder: str | Path, *, minutes: float | None = None) -
 
     Raises:
         ValueError: data that does not fit the configuration, or a folder with a run of another
-            configuration or of other classes.
+            configuration or of other classes; token_ranks that do not divide the processes.
         DivergedError: a loss or gradient that is not finite; the last checkpoint is kept.
         MemoryError: a batch that does not fit into memory.
         OSError: a checkpoint that cannot be written; the one before is kept.
@@ -97,13 +99,27 @@ class Trainer:
         self.state = State.fresh(config, self.device)
         if resuming:
             self.state.restore(folder)
+        rank, processes = self._split_tokens()
         self.model, self.optimizer = self.accelerator.prepare(
             self.state.model, self.state.optimizer
         )
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self._parts = batches(self.data, config, self.state.step, rank, processes)
         start, quiet = self.state.step, not self.first
         self.log = Log(folder, start, config.steps, config.batch_size, limit, quiet)
+
+    def _split_tokens(self) -> tuple[int, int]:
+        """Which part of the batch is this process's, and how many there are."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        together = self.config.token_ranks
+        if processes % together:
+            raise ValueError(
+                f"token_ranks must divide the number of processes, {processes}; got {together}"
+            )
+        if together > 1:
+            shape, names = (processes // together, together), ("data", "tokens")
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            split_tokens(self.state.model, mesh["tokens"])
+        return rank // together, processes // together
 
     def begin(self) -> None:
         """Say what the run is, and write down its configuration."""
@@ -202,5 +218,6 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor], objective: flow.Objec
     """The loss of a batch as `data.batches` gives it."""
     pixels, noise, timestep = (batch[name] for name in ("pixels", "noise", "timestep"))
     condition = {name: batch[name] for name in batch.keys() - {"pixels", "noise", "timestep"}}
-    noisy, target = objective.corrupt(pixels.float() / 127.5 - 1, noise, timestep)
+    clean = pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+    noisy, target = objective.corrupt(clean, noise, timestep)
     return flow.loss(model(noisy, timestep, **condition), target)

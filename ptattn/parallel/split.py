@@ -1,0 +1,217 @@
+"""`split_tokens` and `join_tokens`: every rank has a part of each sample's tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
+
+from .. import context
+from ..geometry import WindowGrid
+from ..memo import Memo
+from .agreement import Agreement, bits
+from .exchange import cut_input, gather_output, same_input
+from .gradients import average
+from .shares import Share, find_cut
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
+    """Let the ranks of a mesh compute every sample together, each a part of its tokens.
+
+    Calls stay as they are: every rank passes the same inputs and gets the same output. A backward
+    pass gives every rank the gradients of one process: of inputs, and in the parameters' `.grad`,
+    averaged once it is over (`torch.autograd.grad` does not reach parameters, as in DDP). The model
+    may be fused, have LoRA's layers, checkpoint its blocks, be compiled, and be wrapped by DDP or
+    FSDP2 on all ranks or on those of the data.
+
+    Args:
+        model: a PTDiT, or any module that holds PTDiT or ProxyAttention; the same on all ranks.
+        mesh: of one dimension; its ranks share each sample. The call is made by all of them.
+
+    Returns:
+        The model, changed in place; its state dict is as it was.
+
+    Raises:
+        TypeError: no DeviceMesh.
+        ValueError: a mesh of several dimensions or of another device type than the model, nothing
+            in the model to split, other weights on other ranks.
+        RuntimeError: split already, or no process group.
+
+    Example:
+        >>> mesh = init_device_mesh("cuda", (8,))
+        >>> model = split_tokens(model.cuda(), mesh)
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed DeviceMesh; got {type(mesh).__name__}")
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "split_tokens needs a process group: torch.distributed.init_process_group"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh must have one dimension, such as mesh['tokens'] of a mesh of several; got "
+            f"{mesh.ndim} of shape {tuple(mesh.shape)}"
+        )
+    parts = _parts(model)
+    if any(part.token_split is not None for part in parts):
+        raise RuntimeError("the model is split already: join_tokens(model) first")
+    types = {p.device.type for p in model.parameters()} - {"meta"}
+    if types - {mesh.device_type}:
+        raise ValueError(
+            f"mesh must be of the model's device type, {', '.join(sorted(types))}; "
+            f"got one of {mesh.device_type}"
+        )
+    made = TokenSplit(mesh)
+    made.agreement.check("the model given to split_tokens", _described(model))
+    for part in parts:
+        part.token_split = made
+    return model
+
+
+def join_tokens(model: Model) -> Model:
+    """Undo `split_tokens`; no rank waits for others.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        ValueError: nothing in the model can be split.
+        RuntimeError: it is not split.
+    """
+    parts = [part for part in _parts(model) if part.token_split is not None]
+    if not parts:
+        raise RuntimeError("the model is not split")
+    for part in parts:
+        part.token_split = None
+    return model
+
+
+class TokenSplit:
+    """What the parts of a split model share: the ranks, and how a call begins and ends."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        group = mesh.get_group()
+        self.ranks, self.rank = group.size(), mesh.get_local_rank()
+        self.group, self.members = group.group_name, dist.get_process_group_ranks(group)
+        self.agreement = Agreement(group)
+        self._shares: Memo[tuple[Share, Share]] = Memo()
+        self._compared = False  # values, which are looked at once where that waits for a GPU
+        self._pass, self._parts = -1, list[nn.Module]()  # of the backward pass that goes on
+
+    @torch.compiler.disable
+    def check(self, part: nn.Module, **inputs: Any) -> None:
+        """Raise on all ranks unless they call the same with the same; the first step of a call.
+
+        Raises:
+            ValueError: other inputs on another rank, or a module with dropout, in training.
+            RuntimeError: another rank has failed; within a CUDA graph's capture.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a model split by split_tokens cannot be captured in a CUDA graph")
+        if part.training:
+            _refuse_dropout(part)
+        said = {"mode": f"{_on(part.training, 'training')}, {_on(torch.is_grad_enabled(), 'grad')}"}
+        for name, value in inputs.items():
+            for path, leaf in tree_flatten_with_path(value)[0]:
+                said[name + keystr(path)] = self._said(leaf)
+        self.agreement.check(f"a call of {type(part).__name__}", said)
+        self._compared = True
+
+    def _said(self, leaf: Any) -> str:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        autocast = f", autocast {context.autocast_dtype(leaf)}"
+        said = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}{autocast}"
+        looked = not self._compared or leaf.device.type == "cpu"
+        return said + (f", values of sum {bits(leaf)}" if looked and not leaf.is_meta else "")
+
+    @torch.compiler.disable
+    def shares(self, proxies: WindowGrid, windows: WindowGrid) -> tuple[Share, Share]:
+        """This rank's windows of both kinds, of those of the whole grid."""
+        found = self._shares.get((proxies, windows))
+        if found is None:
+            cut = find_cut(windows, proxies, self.ranks)
+            own = [Share.of(grid, cut, self.rank, self.group) for grid in (proxies, windows)]
+            found = self._shares.keep((proxies, windows), (own[0], own[1]))
+        return found
+
+    @torch.compiler.disable
+    def cut(self, x: Tensor, share: Share, first: int, scale: int = 1) -> Tensor:
+        """This rank's box of a tensor that all ranks have.
+
+        Args:
+            x: its frames, rows and columns are dimensions `first` on.
+            scale: rows and columns per token.
+        """
+        return cut_input(x, share.cut.scaled(1, scale, scale), share, first)
+
+    @torch.compiler.disable
+    def same(self, tree: Any, share: Share) -> Any:
+        """Tensors that every rank takes whole."""
+        return tree_map_only(Tensor, lambda t: same_input(t, share), tree)
+
+    @torch.compiler.disable
+    def join(self, x: Tensor, share: Share, first: int, scale: int = 1, *, of: nn.Module) -> Tensor:
+        """The whole of what `cut` has divided; `of` is the module whose call ends here."""
+        then = partial(self._begin_backward, of)
+        return gather_output(x, share.cut.scaled(1, scale, scale), share, first, then)
+
+    def _begin_backward(self, part: nn.Module) -> None:
+        """Average the gradients of a part's parameters once this backward pass is over."""
+        now = context.backward_pass()
+        if now != self._pass:
+            self._pass, self._parts = now, []
+            queue = Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._end_backward))  # after DDP's and FSDP's own, queued meanwhile
+        self._parts.append(part)
+
+    def _end_backward(self) -> None:
+        parameters = (p for part in self._parts for p in part.parameters())
+        average(parameters, self.members, self.group)
+        self._pass, self._parts = -1, []
+
+    def __deepcopy__(self, memo: Any) -> TokenSplit:
+        return self  # a copy of a split model is split among the same ranks
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a split model cannot be pickled: join_tokens(model) first")
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """The modules that can be split, each by itself."""
+    parts = [module for module in model.modules() if hasattr(type(module), "token_split")]
+    if not parts:
+        raise ValueError("there is nothing to split: no PTDiT and no ProxyAttention")
+    return parts
+
+
+def _described(model: nn.Module) -> dict[str, str]:
+    """Names, shapes and values of all weights; of sharded ones, which differ, no values."""
+    weights = (*model.named_parameters(), *model.named_buffers())
+    return {
+        name: f"{tuple(t.shape)} {t.dtype} {'trained' if t.requires_grad else 'frozen'}"
+        + (f" {bits(t)}" if type(t) in (Tensor, nn.Parameter) and not t.is_meta else "")
+        for name, t in weights
+    }
+
+
+def _refuse_dropout(part: nn.Module) -> None:
+    for name, module in part.named_modules():
+        if isinstance(module, _DropoutNd) and module.p and module.training:
+            raise ValueError(
+                f"{name} drops out in training, at random and so not alike on all ranks of a "
+                f"split; its p must be 0; got {module.p}"
+            )
+
+
+def _on(value: bool, name: str) -> str:
+    return name if value else f"no {name}"

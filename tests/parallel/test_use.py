@@ -1,0 +1,148 @@
+"""Splits where they are used: training, sampling, the pipeline."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptattn.parallel import split_tokens
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("tensorboard")
+from ptattn.train import config as configs
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIPS = {
+    "data": {"source": "clips", "size": [16, 24], "frames": 4},
+    "model": {
+        "depth": 2, "dim": 32, "num_heads": 2, "patch_size": 2, "window": [2, 2, 2],
+        "in_channels": 3, "out_channels": 6, "caption_channels": 256,
+    },
+    "steps": 3,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "save_every": 3,
+    "sample_every": 100,
+    "samples": {"count": 1, "steps": 2},
+}  # fmt: skip
+
+TRAIN = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from ptattn.train import config, loop
+records = loop.train(config.parse(json.loads(sys.argv[1])), sys.argv[2])
+print(json.dumps([record.loss for record in records]))
+"""
+
+
+def launched(number, *command):
+    """What the first of so many processes prints last; each as torchrun would start it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = dict(
+        WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    ranks = [{**world, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(number)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(own if number > 1 else {})},
+        )
+        for own in ranks
+    ]  # fmt: skip
+    done = [process.communicate(timeout=300) for process in processes]
+    for process, (_, error) in zip(processes, done, strict=True):
+        assert process.returncode == 0, error
+    return done[0][0].strip().splitlines()[-1]
+
+
+def losses(folder, number, **changes):
+    raw = {**CLIPS, **changes}
+    return json.loads(launched(number, "-c", TRAIN, json.dumps(raw), folder))
+
+
+def test_training_on_two_processes_that_share_every_video(tmp_path):
+    """The losses of one process; and another number of ranks goes on where these have stopped."""
+    alone = losses(tmp_path / "alone", 1)
+    assert len(alone) == 3
+    together = losses(tmp_path / "together", 2, token_ranks=2)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_another_split(tmp_path):
+    alone = losses(tmp_path / "alone", 1, steps=9)
+    changing = [
+        *losses(tmp_path / "changing", 1, steps=3),
+        *losses(tmp_path / "changing", 3, steps=6, token_ranks=3),
+        *losses(tmp_path / "changing", 4, steps=9, token_ranks=2),  # and two of the data
+    ]
+    assert changing == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.long
+def test_sampling_on_two_processes(tmp_path):
+    """Two processes draw the same picture as one."""
+    losses(tmp_path / "run", 1)
+    files = []
+    for number in (1, 2):
+        out = tmp_path / str(number)
+        command = ("-m", "ptattn", "sample", tmp_path / "run", "a disc", "--out", out)
+        files.append(launched(number, *command))
+    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+
+
+def draw(mesh):
+    """A picture by the pipeline, before and after its transformer is split."""
+    from tests.support import components
+
+    torch.manual_seed(0)
+    pipe = components.pipeline()
+    options = dict(height=32, width=48, num_inference_steps=2, output_type="pt")
+
+    def image():
+        return pipe("a red cat", generator=components.seeded(0), max_sequence_length=8, **options)
+
+    whole = image().images
+    split_tokens(pipe.transformer, mesh)
+    return whole, image().images
+
+
+@pytest.mark.long
+def test_the_pipeline_on_two_processes(two):
+    for whole, split in two.all(draw):
+        torch.testing.assert_close(split, whole)
+
+
+def test_processes_that_token_ranks_do_not_divide(tmp_path):
+    from ptattn.train import loop
+
+    config = configs.parse({**CLIPS, "token_ranks": 2})
+    with pytest.raises(ValueError, match="token_ranks must divide the number of processes, 1"):
+        loop.train(config, tmp_path)
+
+
+def test_token_ranks_that_a_run_cannot_have():
+    with pytest.raises(ValueError, match=r"token_ranks: 7 ranks cannot share a grid of \(4, 8, 12"):
+        configs.parse({**CLIPS, "token_ranks": 7})
+    model = {**CLIPS["model"], "caption_channels": None, "num_classes": 2}
+    data = {**CLIPS["data"], "frames": 1}
+    with pytest.raises(ValueError, match="token_ranks must be 1 for dit"):
+        configs.parse({**CLIPS, "data": data, "model": model, "architecture": "dit",
+                       "token_ranks": 2})  # fmt: skip
+
+
+def test_another_number_of_ranks_is_no_other_run():
+    one = configs.parse(CLIPS)
+    assert configs.differences(one, dataclasses.replace(one, token_ranks=2)) == []
