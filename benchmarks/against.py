@@ -26,6 +26,7 @@ from benchmarks.compiled import Compiled
 from benchmarks.roofline import Start
 from ptattn.bench import op_workloads, results
 from ptattn.bench.results import OK, Row
+from ptattn.command_line import UsageError
 from ptattn.kernels import host
 from ptattn.kernels.host import Launch
 
@@ -120,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="REGEX", type=aot.pattern, default="")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    result = results.load(args.file)
+    try:
+        result = results.load(args.file)
+    except UsageError as error:
+        parser.error(str(error))
     rows = [
         row
         for row in result.rows

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ptattn.bench import results
 from ptattn.bench.results import EAGER, GRAPH, Row
+from ptattn.command_line import UsageError
 
 IMAGE, LARGE_IMAGE, VIDEO = "1024 px w1x8x8", "2048 px w1x16x16", "video 512 px w4x4x4"
 XL, RIVAL = "PT-DiT/XL", "DiT/XL"
@@ -110,7 +111,12 @@ def main(paths: Sequence[str] | None = None) -> int:
     if not given:
         print("usage: python -m benchmarks.targets RESULT.json ...", file=sys.stderr)
         return 2
-    print(*report([row for path in given for row in results.load(Path(path)).rows]), sep="\n")
+    try:
+        rows = [row for path in given for row in results.load(Path(path)).rows]
+    except UsageError as error:
+        print(f"benchmarks.targets: {error}", file=sys.stderr)
+        return 2
+    print(*report(rows), sep="\n")
     return 0
 
 

@@ -51,6 +51,7 @@ def add_parser(commands: Commands) -> None:
         own.add_argument("--tasks", nargs="+", choices=TASKS, default=[FORWARD],
                          help="default: forward")  # fmt: skip
         own.add_argument("--batch", type=count, default=1, help="default: %(default)s")
+        compare.add_dtype(own)
         own.add_argument("--quantize", choices=("fp8",),
                          help="also every linear layer in float8 by torchao, compiled; its error "
                          "is in the table")  # fmt: skip
@@ -147,8 +148,12 @@ def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
 
 def prepare(options: argparse.Namespace, done: Result) -> Result | None:
     """The result of --against, if it can be compared with; and then the folder of --out."""
-    earlier = None if options.against is None else results.load(options.against)
-    if earlier is not None:
+    earlier = None
+    if options.against is not None:
+        try:
+            earlier = results.load(options.against)
+        except UsageError as error:
+            raise UsageError(f"argument --against: {error}") from None
         results.check_comparable(earlier, done)
     open_folder(options.out)
     return earlier

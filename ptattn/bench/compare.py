@@ -98,15 +98,19 @@ def add_options(parser: argparse.ArgumentParser, *, budget: float) -> None:
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="default: %(default)s, cuda if there is one")  # fmt: skip
-    add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="of weights and activations (default: bf16 where that multiplies faster, else "
-        "fp32)")  # fmt: skip
     add("--backend", choices=backends.CHOICES, default="auto",
         help="of PT-DiT's attention; full attention runs on sdpa beside triton "
         "(default: %(default)s, triton on a GPU)")  # fmt: skip
     add("--threads", type=count, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--budget", type=number, metavar="SECONDS", default=budget,
         help="what would end after it is not begun (default: %(default)s)")  # fmt: skip
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto",
+        help="of weights and activations (default: bf16 where that multiplies faster, else fp32)",
+    )  # fmt: skip
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -128,6 +132,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"(default: {' '.join(map(str, workloads.SIZES))})")  # fmt: skip
     add("--video", nargs="+", metavar="FRAMESxSIDE", type=_video, default=videos,
         help=f"latent frames and pixels a side, or none (default: {shown})")  # fmt: skip
+    add_dtype(parser)
     add_options(parser, budget=150.0)
     add("--out", metavar="FOLDER", default="results/compare",
         help="where the results are written (default: %(default)s)")  # fmt: skip

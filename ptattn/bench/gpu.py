@@ -1,7 +1,7 @@
 """`ptattn bench gpu`: models, blocks and operations on a GPU, in one go and within minutes.
 
 The most important come first, and files are written on the way: a run that is cut off is of use.
-All kernels are compiled in parallel before anything is timed.
+The kernels of XL are compiled in parallel before anything is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .implementations import block_model, implementations
 from .model_run import ModelWorkload, bind, model_workloads
 from .op_run import OperationWorkload
 from .op_run import bind as bind_operation
-from .results import Result, Row
+from .results import NOT_REACHED, Result, Row
 from .workloads import Settings, Size
 
 BUDGET = 500.0  # seconds
@@ -35,6 +35,7 @@ XL = ("pt-dit-xl", "dit-xl", "pixart-alpha")
 IMAGES, VIDEO = (Size(1024), Size(2048)), Size(512, 48)
 # Of a compiling process, at most: the whole of its device's context and one block.
 COMPILING = 16
+LONGEST = 120.0  # seconds of compiling
 SECONDS = 0.15  # for a task at a size, all implementations together
 # What a stage takes on an H200: seconds for each of its workloads, and calls of each model in it.
 SETUP, CALLS = {"model": 3.0, "block": 1.5, "op": 0.9}, 60
@@ -143,13 +144,18 @@ def run(options: argparse.Namespace, typed: str) -> int:
 
 def _measure(planned: Sequence[Stage], bench: Bench, watch: harness.Watch) -> Iterator[list[Row]]:
     alone = clocks.clock_of("cuda", wall=False)
-    for stage in planned:
+    for i, stage in enumerate(planned):
         operations = isinstance(stage.workloads[0], OperationWorkload)
         own = dataclasses.replace(
             bench, clock=alone if operations else bench.clock, compiled=stage.compiled,
             quantized=stage.quantized,
         )  # fmt: skip
-        yield from harness.measure(stage.workloads, own, watch)
+        try:
+            yield from harness.measure(stage.workloads, own, watch)
+        except KeyboardInterrupt:
+            rest = [w for later in planned[i + 1 :] for w in later.workloads]
+            yield [row for w in rest for row in w.blank(NOT_REACHED, "interrupted")]
+            raise
 
 
 def _show(planned: Sequence[Stage], budget: float) -> int:
@@ -171,11 +177,16 @@ def compile_kernels(workloads: Sequence[Timed]) -> None:
     begin, todo = time.monotonic(), _to_compile(workloads)
     workers = max(1, min(COMPILING, (os.cpu_count() or 2) - 1))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
         jobs = {pool.submit(_run_once, workload): workload for workload in todo}
-        for job in as_completed(jobs):
+        for job in as_completed(jobs, timeout=LONGEST):
             if error := job.exception():  # it will show again where it is measured
                 print(f"compiling {jobs[job]}: {first_line(error)}", file=sys.stderr)
+    except TimeoutError:
+        print(f"not all kernels were compiled within {LONGEST:.0f} s", file=sys.stderr)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     seconds = time.monotonic() - begin
     print(f"compiled the kernels of {len(todo)} workloads in {seconds:.0f} s", file=sys.stderr)
 

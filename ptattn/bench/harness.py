@@ -175,7 +175,7 @@ def run_here(workload: Workload, bench: Bench) -> list[Row]:
         needed = f"needs about {workload.memory / 1e9:.3g} GB of memory"
         return workload.blank(SKIPPED, f"{needed}, {free / 1e9:.3g} GB available")
     try:
-        with _room_for_graphs() if bench.compiled else nullcontext():
+        with _room_for_graphs() if bench.compiled or bench.quantized else nullcontext():
             return workload.measure(bench)
     except WrongError as error:
         return workload.blank(FAILED, str(error))

@@ -75,11 +75,18 @@ class Implementation:
         return t if self.order is None else baselines.reverse(t, self.order)
 
     def compiled(self) -> Implementation:
-        """Each block by torch.compile, as one graph."""
+        """Each block by torch.compile, as one graph.
+
+        torch keeps graphs by code and backend, and does not look at which attention kernel is
+        asked for: a backend of its own keeps an implementation's graphs from the others.
+        """
+        from torch._inductor.compile_fx import compile_fx
+
         module = copy.deepcopy(self.module)
         blocks: Any = getattr(module, "blocks", [module])
+        backend = partial(compile_fx)
         for block in blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
         return replace(self, module=module)
 
     def fp8(self) -> Implementation:

@@ -16,7 +16,8 @@ from .floor import FORWARD
 from .gate import Gate
 from .harness import Bench, first_line
 from .implementations import Implementation, Model, block_model, implementations, whole_model
-from .results import COMPILED, EAGER, FAILED, GRAPH, REFUSED, Row
+from .parity import WrongError
+from .results import COMPILED, EAGER, ERROR, FAILED, GRAPH, REFUSED, SKIPPED, Row
 from .workloads import DTYPES, Entry, Settings, Size, plan
 
 YARDSTICK = "21 GEMMs"
@@ -122,7 +123,9 @@ class ModelWorkload:
             rows += [row for row, _ in found]
             runs |= {_key(row): run for row, run in found if run is not None}
         with torch.set_grad_enabled(self.task != FORWARD):
-            peak = {key: peaks.added(run, bench.device) for key, run in runs.items()}
+            # A graph's memory is its own, and a replay adds nothing.
+            eager = {key: run for key, run in runs.items() if not key.endswith(GRAPH)}
+            peak = {key: peaks.added(run, bench.device) for key, run in eager.items()}
             before = {key: seconds for key, (_, seconds) in peak.items()}
             times = clocks.measure(bench.clock, runs, bench.seconds, bench.calls, before)
         return [
@@ -176,7 +179,7 @@ class ModelWorkload:
         baseline = not entry.is_proxy_tokenized or name.endswith(baselines.RELEASED)
 
         def refused(problem: Exception, mode: str, shown: str) -> Row:
-            status = REFUSED if baseline or shown != name else FAILED
+            status = REFUSED if baseline or shown != name else _status(problem)
             return self.row(
                 entry, shown, baseline, mode=mode, status=status, note=first_line(problem)
             )
@@ -207,10 +210,17 @@ class ModelWorkload:
                 if mode == EAGER:
                     return
                 continue
-            known: dict[str, Any] = dict(mode=mode, error=error)
-            if bench.rates is not None:
+            known: dict[str, Any] = dict(mode=mode, error=error, quantized=chosen.quantized)
+            if bench.rates is not None and not chosen.quantized:  # of which the rate is unknown
                 known["floor"] = self.floor(entry, bench.rates, chosen.name.endswith(" fused"))
             yield self.row(entry, shown, baseline, **known), run
+
+
+def _status(problem: Exception) -> str:
+    """Of a candidate."""
+    if isinstance(problem, WrongError):
+        return FAILED
+    return SKIPPED if isinstance(problem, torch.OutOfMemoryError) else ERROR
 
 
 def model_workloads(

@@ -43,6 +43,7 @@ class Row:
     model: str  # implementations of one model compute the same, and the fastest stands for it
     baseline: bool = False
     mode: str = EAGER
+    quantized: bool = False  # compares with others that are
     status: str = OK
     note: str = ""
     tokens: int = 0  # of all samples
@@ -131,14 +132,13 @@ def load(path: Path) -> Result:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"argument --against: cannot read {path}: {error}") from None
+        raise UsageError(f"cannot read {path}: {error}") from None
     schema = fields.get("schema") if isinstance(fields, dict) else None
     if schema == FIRST_SCHEMA:
         fields = _of_first(fields)
     elif schema != SCHEMA:
         raise UsageError(
-            f"argument --against: {path} must be a result of `ptattn`, schema {SCHEMA}; "
-            f"got schema {schema!r}"
+            f"{path} must be a result of `ptattn`, schema {SCHEMA}; got schema {schema!r}"
         )
     del fields["schema"]
     fields["rows"] = [_row(row) for row in fields["rows"]]
@@ -224,16 +224,17 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def fastest(rows: Iterable[Row], model: str, mode: str) -> Row | None:
+def fastest(rows: Iterable[Row], model: str, mode: str, *, quantized: bool = False) -> Row | None:
     """Of the rows with a time, the fastest of a model in a mode."""
-    own = [row for row in rows if (row.model, row.mode) == (model, mode) and row.timing]
+    wanted = model, mode, quantized
+    own = [row for row in rows if (row.model, row.mode, row.quantized) == wanted and row.timing]
     return min(own, key=lambda row: row.seconds or 0.0, default=None)
 
 
 def speedup(row: Row, group: Iterable[Row], model: str) -> float | None:
     """How many times as long as a candidate a baseline takes at its fastest, in the same mode;
     None unless both have a time and models of one width, or of as many parameters."""
-    best = fastest(group, model, row.mode)
+    best = fastest(group, model, row.mode, quantized=row.quantized)
     if row.baseline or best is None or not best.seconds or not row.seconds:
         return None
     if "width" in row.facts:

@@ -5,13 +5,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.nn.attention import SDPBackend
 
 from ptattn.bench import clocks, floor, implementations, model_run, peaks
 from ptattn.bench.gate import Gate
 from ptattn.bench.implementations import Implementation
 from ptattn.bench.model_run import ModelWorkload
 from ptattn.bench.parity import WrongError
-from ptattn.bench.results import COMPILED, EAGER, FAILED, GRAPH, REFUSED, status
+from ptattn.bench.results import COMPILED, EAGER, ERROR, FAILED, GRAPH, REFUSED, status
 from ptattn.bench.workloads import Settings, Size, plan
 from tests.support.measured import SETTINGS, TINY, bench, workload
 
@@ -112,16 +114,28 @@ def test_gradients_are_part_of_the_gate(what):
 @pytest.fixture
 def device(monkeypatch):
     """A GPU that is none: what was captured there, and what was compiled."""
-    done, compiling = [], torch.compile
+
+    class Done(list):
+        graphs = []
+
+    done, compiling = Done(), torch.compile
+    graphs = done.graphs = []
 
     def captured(run):
         done.append("captured")
         return run, run()
 
     def compiled(*args, **options):
+        inductor = options.pop("backend")
+        assert inductor.func is compile_fx
         assert options == dict(fullgraph=True, dynamic=False)
         done.append("compiled")
-        return compiling(*args, backend="eager", **options)
+
+        def backend(graph, inputs):  # one for each, as torch keeps graphs by it
+            graphs.append(inductor)
+            return graph.forward
+
+        return compiling(*args, backend=backend, **options)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torchao asks
     monkeypatch.setattr(clocks, "captured", captured)
@@ -158,8 +172,21 @@ def test_a_mode_that_does_not_run_costs_that_mode_alone(device, monkeypatch):
     rows = workload("block", "forward", "pt-dit-s-class").measure(bench(device="cuda"))
     assert modes(rows, OURS) == [EAGER]
     (failed,) = (row for row in rows if row.mode == GRAPH)
-    assert (failed.status, failed.timing) == (FAILED, None)
+    assert (failed.status, failed.timing) == (ERROR, None)
     assert failed.note == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_each_kind_of_full_attention_is_compiled_for_itself(device):
+    """torch once ran the first one's graph for all, as it does not look at the kernel asked for."""
+    (entry,) = plan(["dit-s"], [Size(64)])
+    model = implementations.block_model(entry, SETTINGS, batch=1)
+    kinds = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    ran = [implementations._own(model, "DiT/S", kind).compiled() for kind in kinds]
+    for one in ran * 2:
+        with torch.no_grad():
+            one(*model.leaves)
+    assert device == ["compiled"] * 2
+    assert len(device.graphs) == 2
 
 
 # fp8.

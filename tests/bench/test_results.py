@@ -113,5 +113,5 @@ def test_a_file_of_something_else_is_named(content, part, tmp_path):
     path = tmp_path / "earlier.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UsageError, match=rf"argument --against: .*{part}"):
+    with pytest.raises(UsageError, match=rf".*{part}"):
         results.load(path)
