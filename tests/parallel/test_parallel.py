@@ -49,6 +49,8 @@ COMBINED = {
     "checkpointed-but-attention": (cases.checkpointed, dict(keep_attention=True)),
     "fused": (cases.fused, {}),
     "accumulated": (cases.accumulated, {}),
+    "any-batch": (cases.of_any_batch, {}),
+    "partly-frozen": (cases.partly_frozen, {}),
     "guided": (cases.guided, {}),
     "ddp": (cases.in_ddp, {}),
     "fsdp": (cases.sharded, dict(first=True)),
