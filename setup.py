@@ -56,6 +56,7 @@ setup(
         "t2x": [
             *("diffusers>=0.40", "transformers", "accelerate"),
             *("sentencepiece", "protobuf"),  # read the tokenizer's spiece.model
+            *("ftfy", "beautifulsoup4"),  # clean captions
             *HUB,
         ],
         "train": TRAIN,

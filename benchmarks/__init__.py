@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest benchmarks --benchmark-only` and `python -m benchmarks.block_ratios`."""
+"""What needs a checkout: kernels compiled ahead of time, tuning, targets, and results kept."""

@@ -1,23 +1,15 @@
 """What the gate's model predicts for the operations that a GPU has measured.
 
-    python -m benchmarks.against benchmarks/results/h200-2026-11-26/ops.json [--only REGEX]
+    python -m benchmarks.against RESULT.json [--only REGEX]
 
-Of every case of `ptattn bench ops` in that file: its measured time; what the model of `roofline`
-predicts for the kernels that ran then, from `launches.json` beside the file, which keeps what they
-were compiled to; and what it predicts for the kernels of this checkout, compiled now for sm_90.
-Then how often the prediction is right, and what the checkout's would mean for the `goals`. No GPU
-is needed.
-
-A measured time is the median, or, with a "~", the 20 % quantile where the 80 % one is more than
-half above it: there the clock caught the host. A checkout's time is predicted twice: by the model,
-and "scaled", as the measured time times the model's now over the model's then, in which what the
-model gets wrong of a kernel cancels.
+Of every operation of `ptattn bench ops` or `gpu` in that file: its measured time, and what the
+model of `roofline` predicts for the kernels of this checkout, compiled now for sm_90; then how
+often that is right. No GPU is needed. A file says which commit's kernels it measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import sys
@@ -25,101 +17,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks import aot, compiled, goals, roofline
+from benchmarks import aot, compiled, roofline
 from benchmarks.compiled import Compiled
 from benchmarks.roofline import Start
-from benchmarks.sass import Code, Part
-from ptattn.bench import op_cases
-from ptattn.bench.result import OK
+from ptattn.bench import op_workloads, results
+from ptattn.bench.results import OK, Row
 from ptattn.kernels import host
 from ptattn.kernels.host import Launch
 
 ARCH = "sm90"
-NOISY, CLOSE = 1.5, 1.5
-Key = tuple[str, str]  # case and task
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An operation's row; seconds."""
-
-    case: str
-    task: str
-    seconds: float
-    noisy: bool
-    floor: float
-
-    @property
-    def key(self) -> Key:
-        return self.case, self.task
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A measured row, and predictions of its kernels then and now; None where they are unknown."""
-
-    measured: Measured
-    then: float | None
-    now: float | None
-
-    @property
-    def ratio(self) -> float | None:
-        """Predicted over measured, of the kernels that were."""
-        return None if self.then is None else self.then / self.measured.seconds
-
-    @property
-    def scaled(self) -> float | None:
-        """What the kernels of now would have been measured at."""
-        if self.then is None or self.now is None:
-            return None
-        return self.measured.seconds * self.now / self.then
-
-
-def measured(result: dict[str, Any]) -> list[Measured]:
-    """Of ours, by `ptattn bench ops`."""
-    return [_measured(row) for row in result["rows"] if row["ours"] and row["status"] == OK]
-
-
-def _measured(row: dict[str, Any]) -> Measured:
-    timing = row["timing"]
-    noisy = timing["high"] > NOISY * timing["low"]
-    seconds = timing["low" if noisy else "median"]
-    return Measured(row["case"], row["task"], seconds, noisy, row["floor"])
-
-
-# The kernels of then.
-
-
-def starts_of(facts: dict[str, Any]) -> dict[Key, list[Start]]:
-    """Of a launches.json, the launches of each case and task."""
-    return {
-        (row["case"], row["task"]): [
-            _start(facts["kernels"][launch["kernel"]], launch) for launch in row["launches"]
-        ]
-        for row in facts["rows"]
-    }
-
-
-def _start(kernel: dict[str, Any], launch: dict[str, Any]) -> Start:
-    once, loop, unrolled = (kernel["code"][name] for name in ("once", "loop", "unrolled"))
-    code = Code(Part(**once), loop and Part(**loop), unrolled)
-    warps = kernel["warps"]
-    per_sm = roofline.programs_per_sm(kernel["registers"], kernel["shared"], warps)
-    programs, size, iterations = (launch[name] for name in ("programs", "bytes", "iterations"))
-    return Start(programs, warps, per_sm, size, iterations, code)
-
-
-# The kernels of now.
+CLOSE = 1.5
+Key = tuple[str, str]  # workload and task
 
 
 @dataclass(frozen=True)
 class Use:
-    """One launch of a case and task, by its place: launches cannot pass between processes."""
+    """One launch of a workload and task, by its place: launches cannot pass between processes."""
 
     key: Key
     index: int
@@ -129,13 +46,13 @@ class Use:
 
 
 def launches(name: str, task: str) -> list[Launch]:
-    """What a task of a case would start."""
-    (case,) = (case for case in op_cases.cases() if str(case) == name)
-    inputs = case.inputs("meta")
+    """What a task of an operation would start."""
+    (operation,) = (o for o in op_workloads.operations() if str(o) == name)
+    inputs = operation.inputs("meta")
     # What has no data is sent to the fake kernels, unless nothing seems to look.
     with mock.patch("ptattn.backends.operator.observed", return_value=False):
         with host.record(ARCH) as forward, torch.set_grad_enabled(task != "forward"):
-            outputs = case.call("triton", inputs.tensors, inputs.key_mask)
+            outputs = operation.call("triton", inputs.tensors, inputs.key_mask)
         if task == "forward":
             return forward
         with host.record(ARCH) as backward:
@@ -169,49 +86,25 @@ def _compilation(launch: Launch) -> str:
     return f"{code.name} {code.signature} {code.constants} {config.warps} {config.stages}"
 
 
-# What comes of it.
-
-
-def compare(
-    rows: Sequence[Measured], then: dict[Key, list[Start]], now: dict[Key, list[Start]],
-    copy_rate: float,
-) -> list[Compared]:  # fmt: skip
-    def predicted(starts: list[Start] | None) -> float | None:
-        if starts is None:
-            return None
-        return sum(roofline.predict(start, copy_rate).total for start in starts)
-
-    return [
-        Compared(row, predicted(then.get(row.key)), predicted(now.get(row.key))) for row in rows
-    ]
-
-
-def report(rows: Sequence[Compared]) -> Iterator[str]:
+def report(rows: Sequence[Row], starts: dict[Key, list[Start]], copy_rate: float) -> Iterator[str]:
     """In Markdown."""
-    yield "| case | task | measured | predicted then | ÷ measured | predicted now | scaled |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    yield "| operation | task | measured, µs | predicted, µs | ÷ measured |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    ratios = []
     for row in rows:
-        noise = "~" if row.measured.noisy else ""
-        cells = (
-            row.measured.case,
-            row.measured.task,
-            noise + microseconds(row.measured.seconds),
-            microseconds(row.then),
-            "–" if row.ratio is None else f"{row.ratio:.2f}",
-            microseconds(row.now),
-            microseconds(row.scaled),
-        )
-        yield f"| {' | '.join(cells)} |"
+        seconds = row.seconds or math.nan
+        found = starts[row.workload, row.task]
+        predicted = sum(roofline.predict(start, copy_rate).total for start in found)
+        ratios.append(predicted / seconds)
+        cells = (row.workload, row.task, *(f"{t * 1e6:,.1f}" for t in (seconds, predicted)))
+        yield f"| {' | '.join(cells)} | {ratios[-1]:.2f} |"
     yield ""
-    yield summary([row.ratio for row in rows if row.ratio is not None])
+    yield summary(ratios)
 
 
 def summary(ratios: Sequence[float]) -> str:
-    if not ratios:
-        return "None of these kernels' machine code is known."
     near = [sum(1 / limit <= r <= limit for r in ratios) for limit in (CLOSE, 1.25)]
-    logs = [math.log(r) for r in ratios]
-    mean = math.exp(sum(logs) / len(logs))
+    mean = math.exp(sum(math.log(r) for r in ratios) / len(ratios))
     return (
         f"Predicted over measured, in {len(ratios)} rows: within {CLOSE}× in {near[0]} "
         f"({near[0] / len(ratios):.0%}), within 1.25× in {near[1]} "
@@ -220,34 +113,26 @@ def summary(ratios: Sequence[float]) -> str:
     )
 
 
-def microseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    value = seconds * 1e6
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", type=Path, help="a result of `ptattn bench ops`")
+    parser.add_argument("file", type=Path, help="a result of `ptattn bench ops` or `gpu`")
     parser.add_argument("--only", metavar="REGEX", type=aot.pattern, default="")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    result = json.loads(args.file.read_text(encoding="utf-8"))
-    rows = [row for row in measured(result) if args.only.search(" ".join(row.key))]
+    result = results.load(args.file)
+    rows = [
+        row
+        for row in result.rows
+        if "op" in row.facts and not row.baseline and row.status == OK
+        if args.only.search(f"{row.workload} {row.task}")
+    ]
     if not rows:
-        sys.exit(f"no case of ours in {args.file} matches {args.only.pattern!r}")
+        sys.exit(f"no operation of ours in {args.file} matches {args.only.pattern!r}")
     if host.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    facts = args.file.with_name("launches.json")
-    then = starts_of(json.loads(facts.read_text(encoding="utf-8"))) if facts.exists() else {}
-    now = starts_now([row.key for row in rows], args.processes)
-    found = compare(rows, then, now, result["rates"]["copy"])
-    print(*report(found), sep="\n")
-    block = args.file.with_name("block.json")
-    blocks = json.loads(block.read_text(encoding="utf-8"))["rows"] if block.exists() else []
-    print("", *goals.report(found, blocks), sep="\n")
+    starts = starts_now([(row.workload, row.task) for row in rows], args.processes)
+    print(*report(rows, starts, result.rates["copy"]), sep="\n")
     return 0
 
 

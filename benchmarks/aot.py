@@ -3,10 +3,10 @@
     python -m benchmarks.aot [--arch sm90] [--only "bf16 D72"] [--json FILE]
 
 On all architectures a kernel must build and fit the shared memory, and a forward kernel must not
-spill. On sm90 none may spill or have a stack, every matrix product must run on wgmma, tiles must be
-loaded 16 bytes at a time, and two programs of an attention or of a backward must fit a
-multiprocessor, but for `checks.ALONE`. Kernels in fp32 must only build and fit. Exit status 1 if
-a check fails.
+spill. On sm90 none may spill or have a stack, but for `checks.SPILLS`, every matrix product must
+run on wgmma, tiles must be loaded 16 bytes at a time, and two programs of an attention or of a
+backward must fit a multiprocessor, but for `checks.ALONE`. Kernels in fp32 must only build and fit.
+Exit status 1 if a check fails.
 
 In the table, spills are in bytes (registers on AMD), "16-byte" has the loads that there are and
 that the tiles take, "per block" the instructions that all warps of a program issue in the main loop

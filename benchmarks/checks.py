@@ -10,16 +10,26 @@ from benchmarks import roofline
 from benchmarks.compiled import Compiled
 
 if TYPE_CHECKING:
-    from benchmarks.aot import Row
+    from benchmarks.aot import Job, Row
 
 # Kernels that may be alone on their multiprocessor, by a pattern of their labels, and why. What was
 # tried was compiled with triton 3.6 on 2026-11-26.
 ALONE = {
     r"D(72|128) window_backward 1x[24]x[24]": "windows that share a tile: 4 warps spill",
     r"few_keys_backward 16384 to 128": "65 to 128 keys: their gradients fill the registers of 8 "
-    "warps, 4 spill",
+    "warps, which an H200 measured faster than two programs of 4",
     r"D128 few_keys_backward": "head dim 128: 4 warps spill",
     r"D128 flash_backward_kv \dx16x16": "head dim 128: 4 warps spill, with 32 rows too",
+}
+
+# Kernels that may spill on sm90, the bytes of the largest spill, and why.
+SPILLS = {
+    r"D(64|72) few_keys_backward 16384 to 128": (
+        388,
+        "65 to 128 keys: 128 queries by 8 warps took 149 and 409 µs on an H200 (head dim 72, 120 "
+        "keys, 16,384 and 49,152 queries), 64 by 4 warps 157 and 429, without a spill 216 and 610",
+    ),
+    r"D128 few_keys_backward 16384 to 128": (608, "the same tiles, not measured"),
 }
 
 # Fewer registers than an attention can do with. Triton 3.6 turned a backward with 128 keys into a
@@ -42,12 +52,19 @@ def failures(row: Row) -> list[str]:
         return found
     forward = job.kernel.endswith("_forward")
     resources = built.resources
-    if (forward or job.arch == "sm90") and (resources.spilled or resources.stack):
+    held = forward or job.arch == "sm90"
+    if held and max(resources.spilled, resources.stack) > _excused(job):
         unit = "registers" if job.arch.startswith("gfx") else "bytes"
         found.append(f"spills {resources.spilled} {unit}; stack of {resources.stack} bytes")
     if job.arch == "sm90":
         found += _failures_on_hopper(row, built)
     return found
+
+
+def _excused(job: Job) -> int:
+    """The bytes that a kernel may spill."""
+    found = [most for pattern, (most, _) in SPILLS.items() if re.search(pattern, job.label)]
+    return max(found, default=0) if job.arch == "sm90" else 0
 
 
 def _failures_on_hopper(row: Row, built: Compiled) -> Iterator[str]:

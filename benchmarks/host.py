@@ -38,8 +38,8 @@ from typing import Any
 from benchmarks.host_worker import CASES, FORWARD, NO_GRAD, TASKS, TRAINING, Sample
 from benchmarks.tables import Column, table
 from ptattn import environment
-from ptattn.bench.timing import Timing, summarize
-from ptattn.compare import units
+from ptattn.bench import units
+from ptattn.bench.clocks import Timing, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 # The most calls of our own, of a case and task. tests/test_host_path.py holds them.
@@ -107,7 +107,7 @@ class Row:
 
     @property
     def timing(self) -> Timing:
-        return summarize([sample.seconds for sample in self.samples], 0.0)
+        return summarize([sample.seconds for sample in self.samples])
 
     @property
     def over_torch(self) -> float:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +28,6 @@ from torch.utils._pytree import tree_leaves
 
 import ptattn
 from ptattn import ops
-from ptattn.bench import timing
 from ptattn.models.configs import ModelConfig
 from ptattn.models.dit import DiT
 from ptattn.models.pt_dit import PTDiT
@@ -262,9 +263,20 @@ def measure(name: str, task: str, seconds: float) -> Sample:
             launches.clear()  # they hold their tensors
             run()
 
-        runs = {"ptattn": forgetful, "torch": own}
-        times = timing.measure(timing.CpuClock(), runs, seconds, (10, 10_000))
-    return Sample(*count(name, task), times["ptattn"].median, times["torch"].median)
+        times = _in_turns((forgetful, own), seconds)
+    return Sample(*count(name, task), *times)
+
+
+def _in_turns(runs: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Median seconds of each; of `ptattn.bench` nothing is used, which other checkouts may lack."""
+    samples: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[0]) < 10:
+        for run, own in zip(runs, samples, strict=True):
+            begin = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - begin)
+    return [statistics.median(own) for own in samples]
 
 
 def check_modules() -> None:

@@ -1,19 +1,24 @@
-"""`python -m benchmarks.gpu --tune`: the fastest tile sizes of every kernel on the GPU at hand.
+"""The fastest tile sizes of every kernel on the GPU at hand.
+
+    python -m benchmarks.tune [--only PATTERN] [--budget SECONDS] [--write FILE]
 
 For each kernel and each class of sizes that configs.json tells apart, a small grid of settings runs
 on a few shapes; each is held to the tolerance rule before it is timed. A setting that is at least
-2 % faster than the default takes its place. The entries go under the GPU's architecture; "default"
-is left alone, and its entries follow the new ones for the sizes that none of these covers.
+2 % faster than the default takes its place. The entries go under the GPU's architecture, into
+kernels/configs.json or another file, which the environment variable PTATTN_CONFIGS then names;
+"default" is left alone; its entries follow the new ones, for the sizes that none of these covers.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -26,10 +31,11 @@ from typing import Any
 import torch
 
 from ptattn import files
-from ptattn.bench import op_parity, timing
-from ptattn.bench.op_cases import Case
+from ptattn.bench import clocks, op_gate
+from ptattn.bench.clocks import Clock, Run
+from ptattn.bench.command import pattern
 from ptattn.bench.op_run import bind
-from ptattn.bench.timing import Clock, Run
+from ptattn.bench.op_workloads import Operation
 from ptattn.kernels import configs, host
 from ptattn.kernels.configs import Config
 
@@ -48,7 +54,7 @@ class Job:
 
     kernel: str
     bounds: tuple[tuple[str, int], ...]
-    cases: tuple[Case, ...]
+    cases: tuple[Operation, ...]
 
     @property
     def task(self) -> str:
@@ -58,8 +64,8 @@ class Job:
         return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.bounds)])
 
 
-def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Case:
-    return Case(op, "tune", "x".join(map(str, grid)), grid, window, HEADS, head_dim, batch)
+def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Operation:
+    return Operation(op, "tune", "x".join(map(str, grid)), grid, window, HEADS, head_dim, batch)
 
 
 def jobs() -> list[Job]:
@@ -72,7 +78,7 @@ def jobs() -> list[Job]:
     return found
 
 
-def _passes(op: str) -> tuple[Case, ...]:
+def _passes(op: str) -> tuple[Operation, ...]:
     cases = ((LARGE, (1, 16, 16)), (VIDEO, (4, 4, 4)))
     return tuple(_case(op, 72, grid, window) for grid, window in cases)
 
@@ -221,14 +227,14 @@ def _time(job: Job, clock: Clock, device: str, seconds: float) -> float:
     logs = []
     for case in job.cases:
         inputs = case.inputs(device)
-        op_parity.check(case, inputs)
+        op_gate.check(case, inputs)
         run = _bind(case, inputs, job.task)
         with torch.set_grad_enabled(job.task == "backward"):
-            logs.append(math.log(timing.measure(clock, {"": run}, seconds)[""].median))
+            logs.append(math.log(clocks.measure(clock, {"": run}, seconds)[""].median))
     return math.exp(sum(logs) / len(logs))
 
 
-def _bind(case: Case, inputs: Any, task: str) -> Run:
+def _bind(case: Operation, inputs: Any, task: str) -> Run:
     return bind(lambda tensors: case.call("triton", tensors, inputs.key_mask), inputs, task)
 
 
@@ -257,19 +263,11 @@ def precompile(todo: Sequence[Job], arch: str, deadline: float) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def main(deadline: float, *, only: re.Pattern[str] | None = None, path: Path = configs.PATH) -> int:
-    arch = "sm{}{}".format(*torch.cuda.get_device_capability())
-    todo = [job for job in jobs() if only is None or only.search(str(job))]
-    left = deadline - time.monotonic()
-    precompile(todo, arch, deadline - 0.6 * left)
-    return search(todo, arch, timing.GpuClock(), "cuda", deadline, path)
-
-
 def search(
     todo: Sequence[Job], arch: str, clock: Clock, device: str, deadline: float, path: Path
 ) -> int:
     """Try the jobs in turn and write after each; those not reached keep what they have."""
-    table: Table = json.loads(path.read_text(encoding="utf-8"))
+    table: Table = {name: dict(kernels) for name, kernels in configs.table().items()}
     for job in todo:
         if time.monotonic() > deadline:
             print(f"not reached: {job}")
@@ -283,5 +281,28 @@ def search(
             classes = [other for other in jobs() if other.kernel == job.kernel]
             settings = {other: present(table, arch, other) for other in classes}
             table = merged(table, arch, settings | {job: best})
-            write(path, table)
+            write(path, table if path == configs.PATH else {arch: table[arch]})
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", metavar="PATTERN", type=pattern, default=re.compile(""),
+                        help="jobs whose name matches, such as 'flash.*channels=96'")  # fmt: skip
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds (%(default)s)")
+    parser.add_argument("--write", metavar="FILE", type=Path, default=configs.PATH)
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + args.budget
+    todo = [job for job in jobs() if args.only.search(str(job))]
+    if not todo:
+        parser.error(f"argument --only: no job matches {args.only.pattern!r}")
+    if not torch.cuda.is_available():
+        parser.error("tuning needs a CUDA GPU, and torch finds none")
+    arch = "sm{}{}".format(*torch.cuda.get_device_capability())
+    precompile(todo, arch, deadline - 0.6 * args.budget)
+    return search(todo, arch, clocks.GpuClock(), "cuda", deadline, args.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,9 +3,11 @@
 The file maps architecture -> kernel -> entries. The first entry whose bounds hold is taken:
 `bytes` is the size of an element, `channels` the width of the tiles that hold the head dim, `keys`
 that of the tile of a few keys, `slots` the rows that a small window takes of its tile, `queries`
-how many there are; `windowed` is 1 for windows, `masked` for a key mask.
+how many there are; `windowed` is 1 for windows, `masked` for a key mask, `means` for a norm with
+window means.
 "default" serves every architecture and kernel that has no entries of its own.
-`python -m benchmarks.gpu --tune` writes entries for the GPU at hand.
+`python -m benchmarks.tune` writes entries for the GPU at hand, here or into a file of the user's:
+the entries of the file that the environment variable PTATTN_CONFIGS names come before these.
 
 "dense_by_torch" is no kernel of ours: it has the dense attentions that a kernel of torch's was
 measured to do faster, as `Faster` has it. It is written by hand, from a run of `ptattn bench ops`.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,8 @@ class Faster:
     """Dense attention without a mask that `kernel` of torch.nn.attention.SDPBackend does faster.
 
     It was measured in the run of the folder `run`, for this dtype and head dim, and for no fewer
-    `heads` of all samples together, `queries` and `keys` than these.
+    `heads` of all samples together, `queries` and `keys` than these; with its backward for no fewer
+    than `training_keys`.
     """
 
     dtype: str
@@ -45,13 +49,24 @@ class Faster:
     heads: int
     queries: int
     keys: int
+    training_keys: int
     kernel: str
     run: str
 
 
 @functools.cache
 def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    return json.loads(PATH.read_text(encoding="utf-8"))
+    """Raises ValueError if PTATTN_CONFIGS names a file that cannot be read."""
+    entries = json.loads(PATH.read_text(encoding="utf-8"))
+    if path := os.environ.get("PTATTN_CONFIGS"):
+        try:
+            for arch, kernels in json.loads(Path(path).read_text(encoding="utf-8")).items():
+                entries.setdefault(arch, {}).update(kernels)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"PTATTN_CONFIGS names {path}, which cannot be read: {error}"
+            ) from None
+    return entries
 
 
 @functools.lru_cache(1024)  # sizes have no end

@@ -83,24 +83,10 @@ def few_keys_forward(
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, present[None, :], 1)
+        p, total = softmax(s, present[None, :])
         o0, o1 = product(p, v0, v1, D1, PRECISION)
         o0, o1 = o0 / total[:, None], o1 / total[:, None]
         store_rows(out, row, heads * D, valid, o0, o1, D, D0, D1, OUT)
-
-
-@triton.jit
-def _pairs(x0, x1, y0, y1, AXIS: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """Products of queries x with keys y, the keys along AXIS."""
-    if AXIS == 1:
-        return outer(x0, x1, y0, y1, D1, PRECISION)
-    else:
-        return outer(y0, y1, x0, x1, D1, PRECISION)
-
-
-@triton.jit
-def _keys_first(p, AXIS: tl.constexpr):
-    return tl.trans(p) if AXIS == 1 else p
 
 
 @triton.jit(do_not_specialize=(*RUNTIME, "g_b", "g_n", "g_h", "dq_b", "dq_n", "dk_b", "dk_n"))
@@ -135,31 +121,27 @@ def few_keys_backward(
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
     dk0, dk1 = zeros(KEYS, D0, D1, ACC)
     dv0, dv1 = zeros(KEYS, D0, D1, ACC)
-    # [queries, keys]: a query's sums stay within four threads. With more keys that takes too many
-    # registers; turned, the weights enter two of the products as they are.
-    AXIS: tl.constexpr = 1 if KEYS <= 64 else 0
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         valid = row < last
         q0, q1 = load_rows(q, row, q_n, valid, D, D0, D1, ALIGN)
         g0, g1 = load_rows(g, row, g_n, valid, D, D0, D1, ALIGN)
         # A query past the last has q = 0 and g = 0, and adds nothing to dk and dv.
-        s = _pairs(q0, q1, k0, k1, AXIS, D1, PRECISION) * (scale * LOG2E)
-        p, total = softmax(s, tl.expand_dims(present, 1 - AXIS), AXIS)
-        p *= tl.expand_dims(1.0 / total, AXIS)
+        s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
+        p, total = softmax(s, present[None, :])
+        p *= (1.0 / total)[:, None]
         if NEED_V:
-            dv0, dv1 = accumulate(_keys_first(p, AXIS), g0, g1, dv0, dv1, D1, PRECISION)
+            dv0, dv1 = accumulate(tl.trans(p), g0, g1, dv0, dv1, D1, PRECISION)
         if NEED_Q or NEED_K:
-            dp = _pairs(g0, g1, v0, v1, AXIS, D1, PRECISION)
-            ds = softmax_gradient(p, dp, AXIS) * scale
+            dp = outer(g0, g1, v0, v1, D1, PRECISION)
+            ds = softmax_gradient(p, dp) * scale
             if NEED_Q:
-                of_queries = ds if AXIS == 1 else tl.trans(ds)
-                x0, x1 = product(of_queries, k0, k1, D1, PRECISION)
+                x0, x1 = product(ds, k0, k1, D1, PRECISION)
                 # By the tile's first row and rows from 0 on, which takes fewer registers.
                 tile = dq + tl.multiple_of(start * dq_n.to(tl.int64), OUT)
                 store_rows(tile, row - start, dq_n, valid, x0, x1, D, D0, D1, OUT)
             if NEED_K:
-                dk0, dk1 = accumulate(_keys_first(ds, AXIS), q0, q1, dk0, dk1, D1, PRECISION)
+                dk0, dk1 = accumulate(tl.trans(ds), q0, q1, dk0, dk1, D1, PRECISION)
     # Where a query's weights are NaN, so are those of the keys that take no part.
     takes_part = present[:, None]
     own = head_offset(batch * splits + split, head, dk_b, D, OUT)

@@ -337,7 +337,8 @@ def _backward_plan(
     """And the shape of the parts of the vectors' gradients, if any is needed."""
     b, n, c = x[0]
     need_y, need_gate, need_modulation = need
-    config, tile = tile_of("norm_backward", x, 16, target, values=1024)
+    means = dmeans is not None
+    config, tile = tile_of("norm_backward", x, 16, target, values=1024, means=means)
     splits, columns = host.cdiv(n, tile["ROWS"]), need_gate + 2 * need_modulation
     if columns:
         splits = min(splits, MOST_PARTS)
@@ -345,7 +346,7 @@ def _backward_plan(
     geometry = host.geometry(windows or WindowGrid((1, n), (1, 1)))
     numbers = (*strides, stride_of(gate), stride_of(scale), splits, eps, *geometry)
     constants = dict(
-        NORM=dnormed is not None, MEANS=dmeans is not None, TOTAL=dtotal is not None,
+        NORM=dnormed is not None, MEANS=means, TOTAL=dtotal is not None,
         GATED=gate is not None, MODULATED=scale is not None,
         NEED_Y=need_y, NEED_GATE=need_gate, NEED_MODULATION=need_modulation,
         STAGES=config.stages, **tile,
@@ -361,13 +362,13 @@ def stride_of(vectors: Any) -> int:
 
 
 def tile_of(
-    kernel: str, x: Any, tokens: int, target: tuple[str, str], values: int = 4096
+    kernel: str, x: Any, tokens: int, target: tuple[str, str], values: int = 4096, **sizes: int
 ) -> tuple[Config, dict[str, Any]]:
     """The configuration, and the constants of a tile: rows of at most `values` channels together
-    and, as a power of two, no more than `tokens`."""
+    and, as a power of two, no more than `tokens`. `sizes` as `configs` has them."""
     channels, dtype = x[0][-1], x[2]
     first, second = host.split_channels(channels)
-    config = host.config_of(kernel, target[0], dtype, channels=first + second)
+    config = host.config_of(kernel, target[0], dtype, channels=first + second, **sizes)
     fitting = max(1, values // (first + second))
     rows = min(16, host.next_power_of_2(tokens), 1 << fitting.bit_length() - 1)
     acc = tl.float64 if dtype == torch.float64 else tl.float32

@@ -56,7 +56,7 @@ def _plan(parts: Any, out: Any, target: tuple[str, str]) -> Plan:
     # Narrow tiles are many programs, tall ones many loads under way: a GPU is to be filled by both.
     rows, block = (4, 256) if splits <= 8 else (64, 32) if splits <= 64 else (256, 32)
     programs = outer * lines * host.cdiv(inner, block)
-    constants = dict(ROWS=rows, BLOCK=block, ALIGN=math.gcd(16, inner, *strides))
+    constants = dict(ROWS=rows, BLOCK=block, ALIGN=math.gcd(8, inner, *strides))
     config = Config(warps=4 if rows <= 64 else 8)
     numbers = (splits, lines, inner, *strides)
     return Plan(sum_splits, programs, *numbers, config=config, **constants)

@@ -122,21 +122,21 @@ def row_dots(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def softmax(s, present, AXIS: tl.constexpr):
-    """Softmax in base 2 over the keys that are `present`, all of them at once, along an axis.
+def softmax(s, present):
+    """Softmax of [queries, keys] in base 2 over the keys that are `present`, all of them at once.
 
     Returns the weights, not yet divided, and their sum: zeros and 1 where there is no key.
     """
     s = tl.where(present, s, float("-inf"))
-    p = tl.where(present, tl.exp2(s - tl.expand_dims(tl.max(s, AXIS), AXIS)), 0.0)
-    total = tl.sum(p, AXIS)
+    p = tl.where(present, tl.exp2(s - tl.max(s, 1)[:, None]), 0.0)
+    total = tl.sum(p, 1)
     return p, tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
-def softmax_gradient(p, dp, AXIS: tl.constexpr):
-    """Gradient of the scores from that of the weights, all keys at once, along an axis."""
-    return p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS))
+def softmax_gradient(p, dp):
+    """Gradient of the scores from that of the weights, all keys at once."""
+    return p * (dp - tl.sum(p * dp, 1)[:, None])
 
 
 @triton.jit

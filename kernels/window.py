@@ -122,7 +122,7 @@ def window_forward(
     v0, v1 = load_rows(v, token, v_n, valid, D, D0, D1, ALIGN)
 
     s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-    p, total = softmax(s, _pairs(group, valid, GROUPS), 1)
+    p, total = softmax(s, _pairs(group, valid, GROUPS))
     o0, o1 = _contained_product(p, v0, v1, group, D1, PRECISION, GROUPS)
 
     out += head_offset(batch, head, num_tokens(geometry) * heads.to(tl.int64) * D, D, D & -D)
@@ -149,14 +149,14 @@ def _tile_gradients(
 
     pair = _pairs(group, valid, GROUPS)
     s = outer(q0, q1, k0, k1, D1, PRECISION) * (scale * LOG2E)
-    p, total = softmax(s, pair, 1)
+    p, total = softmax(s, pair)
     p = _contained(p / total[:, None], pair, GROUPS)
     if NEED_V:
         x0, x1 = _contained_product(tl.trans(p), g0, g1, group, D1, PRECISION, GROUPS)
         store_rows(dv + own, token, d_n, valid, x0, x1, D, D0, D1, OUT)
     if NEED_Q or NEED_K:
         dp = _contained(outer(g0, g1, v0, v1, D1, PRECISION), pair, GROUPS)
-        ds = _contained(softmax_gradient(p, dp, 1), pair, GROUPS) * scale
+        ds = _contained(softmax_gradient(p, dp), pair, GROUPS) * scale
         if NEED_Q:
             x0, x1 = _contained_product(ds, k0, k1, group, D1, PRECISION, GROUPS)
             store_rows(dq + own, token, d_n, valid, x0, x1, D, D0, D1, OUT)

@@ -214,7 +214,8 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
 def load_official(
     path: str | Path, config: Mapping[str, Any], *, key: str | None = None, backend: str = "auto"
 ) -> PTDiT:
-    """`from_official` on a file: .safetensors, or .pt / .pth / .bin read with `weights_only=True`.
+    """`from_official` on a file: .safetensors, or a pickle (.pt, .pth, .bin, .ckpt), read with
+    `weights_only=True`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -226,7 +227,7 @@ def load_official(
 
 
 def save_official(model: PTDiT, path: str | Path) -> None:
-    """Write `to_official` to a file: .safetensors, or .pt / .pth / .bin.
+    """Write `to_official` to a file: .safetensors, or .pt / .pth / .bin / .ckpt.
 
     Raises:
         ValueError: another ending, a class-conditional model, adapters, or several dtypes.

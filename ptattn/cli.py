@@ -13,10 +13,8 @@ import torch
 
 from . import __version__, backends, convert, environment, flops
 from .bench import command as bench
-from .command_line import UsageError, count, number
-from .compare import cases, compare
-from .compare.cases import Size
-from .compare.worker import DTYPES
+from .bench import compare, workloads
+from .command_line import UsageError, count
 from .models import get_config, list_models
 from .train import commands as train
 
@@ -48,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ptattn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_compare(commands)
+    compare.add_parser(commands)
     bench.add_parser(commands)
     _add_flops(commands)
     train.add_parsers(commands)
@@ -56,42 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, and which backends can run here")
     info.set_defaults(run=_info)
     return parser
-
-
-def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="proxy-tokenized against full attention: multiply-adds, latency, memory",
-        description="Compare proxy-tokenized with full attention: multiply-adds, and the latency "
-        "and memory of one block measured on this machine. Writes a table, its numbers and two "
-        "plots. What exceeds the time or the memory is skipped and named.",
-    )
-    sizes = [Size(side) for side in cases.SIZES]
-    videos = [Size(side, frames) for frames, side in cases.VIDEOS]
-    shown = " ".join(f"{frames}x{side}" for frames, side in cases.VIDEOS)
-
-    def add(option: str, text: str, **settings: object) -> None:
-        parser.add_argument(option, help=text, **settings)  # type: ignore[arg-type]
-
-    add("--models", f"of {', '.join(list_models())} (default: {' '.join(cases.MODELS)})",
-        nargs="+", metavar="MODEL", choices=list_models(), default=cases.MODELS)  # fmt: skip
-    add("--sizes", f"square images, pixels a side (default: {' '.join(map(str, cases.SIZES))})",
-        nargs="+", metavar="SIDE", type=_image, default=sizes)  # fmt: skip
-    add("--video", f"latent frames and pixels a side, or none (default: {shown})",
-        nargs="+", metavar="FRAMESxSIDE", type=_video, default=videos)  # fmt: skip
-    add("--device", "default: %(default)s, cuda if there is one",
-        choices=("auto", "cpu", "cuda"), default="auto")  # fmt: skip
-    add("--dtype", "of weights and activations (default: bf16 where that multiplies faster, else "
-        "fp32)", choices=("auto", *DTYPES), default="auto")  # fmt: skip
-    add("--backend", "of the attention; full attention runs on sdpa beside triton "
-        "(default: %(default)s, triton on a GPU)",
-        choices=backends.CHOICES, default="auto")  # fmt: skip
-    add("--threads", "CPU threads (default: torch's own choice)", type=count, metavar="N")
-    add("--budget", "time to measure in (default: %(default)s)",
-        type=number, metavar="SECONDS", default=150.0)  # fmt: skip
-    add("--out", "where the results are written (default: %(default)s)",
-        metavar="FOLDER", default="results/compare")  # fmt: skip
-    parser.set_defaults(run=_compare)
 
 
 def _add_flops(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,19 +64,12 @@ def _add_flops(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("resolution", metavar="RESOLUTION", type=_resolution, help="pixels: SIDE or HEIGHTxWIDTH")
     add("--frames", type=count, default=1, help="latent frames (default: %(default)s)")
     add("--text-tokens", type=count, metavar="TOKENS",
-        help=f"length of the caption (default: {cases.TEXT_TOKENS})")  # fmt: skip
+        help=f"length of the caption (default: {workloads.TEXT_TOKENS})")  # fmt: skip
     parser.set_defaults(run=_flops)
 
 
-def _compare(options: argparse.Namespace, command: str) -> int:
-    if None in options.video and len(options.video) > 1:
-        raise UsageError("argument --video: none stands alone")
-    options.video = [size for size in options.video if size is not None]
-    return compare(options, command)
-
-
 def _flops(options: argparse.Namespace, command: str) -> int:
-    model, text_tokens = options.model, options.text_tokens or cases.TEXT_TOKENS
+    model, text_tokens = options.model, options.text_tokens or workloads.TEXT_TOKENS
     takes_text = get_config(model).caption_channels is not None
     if options.text_tokens is not None and not takes_text:
         raise UsageError(f"argument --text-tokens: {model} takes classes, no text")
@@ -166,32 +121,6 @@ def _info(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def _image(text: str) -> Size:
-    return _size(text, text, "1")
-
-
-def _video(text: str) -> Size | None:
-    if text == "none":
-        return None
-    frames, _, side = text.partition("x")
-    return _size(text, side, frames)
-
-
-def _size(text: str, side: str, frames: str) -> Size:
-    step = _step()
-    if not (side.isdecimal() and frames.isdecimal() and int(frames) and int(side)):
-        raise argparse.ArgumentTypeError(f"expected positive integers; got {text!r}")
-    if int(side) % step:
-        raise argparse.ArgumentTypeError(f"expected a multiple of {step} pixels; got {text!r}")
-    return Size(int(side), int(frames))
-
-
 def _resolution(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    return _size(text, height, "1").side, _size(text, width or height, "1").side
-
-
-def _step() -> int:
-    """Pixels a side per token, the same for every published model."""
-    (step,) = {flops.VAE_FACTOR * get_config(name).patch_size for name in list_models()}
-    return step
+    return workloads.image(height, text).side, workloads.image(width or height, text).side

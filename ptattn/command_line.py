@@ -36,13 +36,13 @@ def number(text: str) -> float:
     return value
 
 
-def require(*packages: str) -> None:
-    """Raise UsageError unless these can be imported, which come with ptattn[bench]."""
+def require(*packages: str, install: str = "ptattn[bench]") -> None:
+    """Raise UsageError unless these can be imported, which come with `install`."""
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise UsageError(f"{error}; it comes with: pip install ptattn[bench]") from None
+            raise UsageError(f"{error}; it comes with: pip install {install}") from None
 
 
 def open_folder(out: Path, files: Sequence[str] = ()) -> None:

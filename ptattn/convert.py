@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from . import checkpoint, files
 from .command_line import UsageError
 from .models import PTDiT, get_config
@@ -19,7 +21,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the released weights to a folder of config.json and safetensors, and back",
         description="Convert the released weights, a file, to a folder that "
         "ptattn.checkpoint.load_model and diffusers read; or such a folder to the file, with its "
-        "configuration beside it in JSON. Every tensor must fit.",
+        "configuration beside it in JSON. With --vae, the same of the autoencoder, whose source "
+        "may be Open-Sora-Plan's folder. Every tensor must fit.",
     )
     add = parser.add_argument
     add("source", metavar="SRC", type=Path, help=f"file ({', '.join(files.ENDINGS)}) or folder")
@@ -28,6 +31,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="of the released file: the release's inference configuration, or what the way back "
         f"writes (default: SRC with the ending .json, else the sizes of {RELEASED})")  # fmt: skip
     add("--key", help="of the weights, where the released file holds several sets, such as ema")
+    add("--vae", action="store_true",
+        help="the autoencoder; of several sets of weights, averaged ones come first")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -41,10 +46,13 @@ def run(options: argparse.Namespace, command: str) -> int:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"argument DST: {target} exists already")
     try:
-        if source.is_dir():
-            for name in ("config", "key"):
-                if getattr(options, name) is not None:
-                    raise UsageError(f"argument --{name}: {source} is a folder and has its own")
+        back = source.is_dir() and not (options.vae and _is_original(source))
+        for name in ("config", "key") if back else ():
+            if getattr(options, name) is not None:
+                raise UsageError(f"argument --{name}: {source} is a folder and has its own")
+        if options.vae:
+            model: nn.Module = _vae(source, target, back, options.config, options.key)
+        elif back:
             model = _to_file(source, target)
         else:
             model = _to_folder(source, target, options.config, options.key)
@@ -74,6 +82,25 @@ def _to_file(source: Path, target: Path) -> PTDiT:
     return model
 
 
+def _is_original(folder: Path) -> bool:
+    """Whether a folder of an autoencoder is Open-Sora-Plan's, not ours."""
+    config = folder / checkpoint.CONFIG_FILE
+    return not config.is_file() or files.read_json(config).get("_class_name") != "CausalVAE"
+
+
+def _vae(source: Path, target: Path, back: bool, config: Path | None, key: str | None) -> nn.Module:
+    from .pipelines import causal_vae_weights as weights
+
+    if back:
+        files.check_ending(target)
+        vae = weights.load(source)
+        weights.save_original(vae, target)
+    else:
+        vae = weights.load_original(source, config, key=key)
+        weights.save(vae, target)
+    return vae
+
+
 def _released_config(source: Path, path: Path | None) -> dict[str, Any]:
     beside = source.with_suffix(".json")
     if path is None and not beside.is_file():
@@ -86,12 +113,17 @@ def _released_config(source: Path, path: Path | None) -> dict[str, Any]:
     return predictor
 
 
-def _summary(model: PTDiT) -> str:
-    config, weights = model.model_config, list(model.parameters())
-    window = "by resolution" if config.window is None else tuple(config.window)
+def _summary(model: Any) -> str:
+    weights = list(model.parameters())
     count = sum(parameter.numel() for parameter in weights)
     dtype = str(weights[0].dtype).removeprefix("torch.")
-    return (
-        f"PTDiT of {config.depth} blocks, {config.dim} channels, {config.num_heads} heads, "
-        f"window {window}: {count:,} parameters, {dtype}"
-    )
+    if isinstance(model, PTDiT):
+        config = model.model_config
+        window = "by resolution" if config.window is None else tuple(config.window)
+        sizes = (
+            f"PTDiT of {config.depth} blocks, {config.dim} channels, {config.num_heads} heads, "
+            f"window {window}"
+        )
+    else:
+        sizes = f"CausalVAE of widths {tuple(model.config.block_out_channels)}"
+    return f"{sizes}: {count:,} parameters, {dtype}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how what Git keeps in its place begins
 
 
@@ -66,7 +66,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Tensors by name, on the CPU; mapped into memory, so that reading a part costs that part.
 
     Args:
-        path: of a .safetensors file, or .pt / .pth / .bin, read with `weights_only=True`.
+        path: of a .safetensors file, or of a pickle, read with `weights_only=True`.
         key: of the weights, where a pickle holds several sets of them.
 
     Raises:
@@ -74,14 +74,18 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
         ValueError: another ending, a corrupt or truncated file, or other content.
         ImportError: .safetensors without the safetensors package.
     """
+    return tensors_in(read(path), str(path), key)
+
+
+def read(path: Path) -> Any:
+    """All that a file holds, of which `read_tensors` takes the weights; raises as it does."""
     check_ending(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` there")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    return tensors_in(read(path), str(path), key)
+    return (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
 
 
 def tensors_in(content: Any, where: str, key: str | None = None) -> dict[str, Tensor]:
@@ -119,8 +123,11 @@ def _join(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if shown[most:] else "")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, within: str | None = None) -> None:
     """Write tensors by name, in the format of the path's ending.
+
+    Args:
+        within: the key that a pickle has them at; None is the pickle itself.
 
     Raises:
         ValueError: another ending.
@@ -128,9 +135,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         ImportError: .safetensors without the safetensors package.
     """
     check_ending(path)
-    write = _write_safetensors if path.suffix == ".safetensors" else _write_pickle
     with replacing(path) as temporary:
-        write(tensors, temporary)
+        if path.suffix == ".safetensors":
+            _write_safetensors(tensors, temporary)
+        else:
+            _write_pickle(dict(tensors) if within is None else {within: dict(tensors)}, temporary)
 
 
 def check_ending(path: Path) -> None:
@@ -165,9 +174,9 @@ def _safetensors(path: Path) -> Any:
     return safetensors
 
 
-def _write_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _write_pickle(content: Mapping[str, Any], path: Path) -> None:
     try:
-        torch.save(dict(tensors), path)
+        torch.save(content, path)
     except RuntimeError as error:  # torch's own for a disk that is full, or no folder
         raise OSError(f"cannot write {path}: {error}") from error
 

@@ -146,7 +146,7 @@ def test_a_pickle_of_something_else_is_refused(official, tmp_path):
 
 def test_other_endings_and_missing_files(official, tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt"):
-        checkpoint.load_official(tmp_path / "weights.ckpt", official[1])
+        checkpoint.load_official(tmp_path / "weights.onnx", official[1])
     with pytest.raises(FileNotFoundError, match="no checkpoint file at"):
         checkpoint.load_official(tmp_path / "weights.pt", official[1])
 

@@ -155,7 +155,7 @@ def test_misuse_is_named_and_nothing_is_written(small):
         ((small / "dit", small / "out.pt"), "dit holds a DiT; the released model is a PTDiT"),
         ((small / "class", small / "out.pt"), "released layout is for text models"),
         ((small / "class", small / "list.pt"), r"list\.json exists already"),
-        ((small / "class", small / "out.ckpt"), r"path must end in \.safetensors, \.pt"),
+        ((small / "class", small / "out.onnx"), r"path must end in \.safetensors, \.pt"),
         ((small / "taken", small / "out.pt"), r"No such file.*taken/config\.json"),
         ((small / "dit", small / "out.pt", "--config", config), "argument --config: .*has its own"),
         ((small / "dit", small / "out.pt", "--key", "ema"), "argument --key: .*has its own"),

@@ -24,7 +24,6 @@ ORDER = [
     {"hosts"},
     {"flops", "checkpoint", "communication", "environment", "flow", "graphs", "replace"},
     {"paper", "pipelines", "replaced"},
-    {"compare"},
     {"bench", "convert", "train"},
     {"cli"},
     {"__main__"},

@@ -162,7 +162,7 @@ def resolve(backend: str, *tensors: Tensor, windows: WindowGrid | None = None) -
 class AutoDense:
     """The part of `auto` that is decided anew at each call, compiled or exported ones when they are
     traced: between torch's SDPA and the kernels, for a dense attention that `unmeasured` has
-    nothing against. Which kernel torch takes depends on its settings, which may change."""
+    nothing against. Whether gradients are needed may change, and so may torch's settings."""
 
     @staticmethod
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -205,14 +205,17 @@ def unmeasured(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> list
 
 def _kept(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[str]:
     """What holds of this call, and may not of the next of such tensors, against torch's SDPA."""
-    reasons = []
+    reasons, faster = [], _faster(q)
+    least, keys = faster.training_keys, k.shape[1]
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if training and keys < least:
+        reasons.append(f"measured from {least} keys on where gradients are needed; got {keys}")
     if scale < 0:
         reasons.append("not measured with a negative scale")
     if torch.are_deterministic_algorithms_enabled():
         reasons.append("deterministic algorithms are asked for")
     if not all(map(_aligned, (q, k, v))):
         reasons.append("rows of channels do not begin at multiples of 16 bytes")
-    faster = _faster(q)
     taken = _kernel_of_torch(q.device, _dtype(q), faster.head_dim)
     if taken != faster.kernel:
         reasons.append(f"torch takes {taken} here; {faster.kernel} was measured")

@@ -22,13 +22,13 @@ from ..models.pt_dit import PTDiTBlock
 
 EPS = 1e-6
 RELEASED = "roll-and-mask"  # the released block's way
-# torch's own attentions, and the one that holds all scores: for what none of the others takes.
-FUSED = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-LAST_RESORT = {"math": SDPBackend.MATH}
+# torch's own attentions: the fast ones; for what those do not take, a slower one; and the one that
+# holds all scores.
+KERNELS = (
+    {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION},
+    {"efficient": SDPBackend.EFFICIENT_ATTENTION},
+    {"math": SDPBackend.MATH},
+)
 
 
 def _sizes(windows: WindowGrid) -> dict[str, int]:

@@ -22,9 +22,9 @@ from typing import Any
 from torch import nn
 
 from .. import flops
-from ..compare.cases import TEXT_TOKENS, Size
 from ..models import DiT, PTDiT, find_model
-from .timing import Rates
+from .clocks import Rates
+from .workloads import TEXT_TOKENS, Size
 
 FORWARD, TRAINING = "forward", "training"
 TASKS = (FORWARD, TRAINING)

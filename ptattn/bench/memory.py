@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..compare.cases import TEXT_TOKENS, Entry, Size, plan
 from ..flops import VAE_FACTOR
 from ..models import PTDiT, create_model, find_model, get_config, list_models
 from ..paper import TRAINING_MEMORY
 from .floor import TRAINING
 from .harness import first_line, free_memory
-from .result import ERROR, OK, PREDICTED, SKIPPED, Row
+from .results import ERROR, OK, PREDICTED, SKIPPED, Row
+from .workloads import TEXT_TOKENS, Entry, Size, plan
 
 KIND = "memory"
 SIDE = 512  # pixels, as in the paper's table
@@ -157,8 +157,8 @@ def _rows(entry: Entry) -> list[Row]:
                 fixed=fixed, printed=TRAINING_MEMORY.get(entry.model, {}).get(length),
             )  # fmt: skip
             row = Row(
-                f"{entry.name} {entry.size}, {name}", TRAINING, f"keeps {kept}", entry.name, True,
-                PREDICTED, tokens=entry.block.tokens, peak=peak, facts=facts,
+                f"{entry.name} {entry.size}, {name}", TRAINING, f"keeps {kept}", entry.name,
+                status=PREDICTED, tokens=entry.block.tokens, peak=peak, facts=facts,
             )  # fmt: skip
             found.append(row)
             if torch.cuda.is_available() and peak < (free_memory("cuda") or 0):

@@ -1,39 +1,32 @@
-"""Blocks and whole models at one size: the gate, then the times of all that passed it, in turns."""
+"""Blocks and whole models at one size: held to the gate as they are then timed, in turns."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compare import units, worker
-from ..compare.cases import Entry, Size
-from ..compare.worker import Settings
-from . import baselines, floor, timing
-from .contenders import Contender, Subject, block_subject, contenders, model_subject
+from . import baselines, clocks, floor, peaks
+from .clocks import Rates, Run
 from .floor import FORWARD
+from .gate import Gate
 from .harness import Bench, first_line
-from .parity import assert_near
-from .result import FAILED, NOT_REACHED, OK, REFUSED, Row
-from .timing import Run
+from .implementations import Implementation, Model, block_model, implementations, whole_model
+from .results import COMPILED, EAGER, FAILED, GRAPH, REFUSED, Row
+from .workloads import DTYPES, Entry, Settings, Size, plan
 
 YARDSTICK = "21 GEMMs"
-FINER = {torch.float32: torch.float64}  # what the truth is computed in; of 16 bits, float32
 # How many tensors of the tokens a step of one block holds; how many copies of the weights there are
 # (as they are, fused, gradients, truth at twice the size); how much larger truth's activations are.
 KEPT, COPIES, FINER_TIMES = 45, 5, 2
-# What measuring a model takes, its contenders, gate and repeats together, over its floor.
-CALLS = 40
 
 
 @dataclass(frozen=True)
-class ModelCase:
+class ModelWorkload:
     """Models, or with `kind` "block" one block of each, at one size and in one task."""
 
     kind: str
@@ -43,6 +36,8 @@ class ModelCase:
     task: str = FORWARD
     batch: int = 1
     depth: int | None = None  # of the models, where it is not their own
+    one: bool = False  # implementation of each model, and no yardstick
+    checked: int | None = None  # tokens of the corner that the gate sees, where that is not all
 
     def __str__(self) -> str:
         return f"{self.kind} {self.size} b{self.batch}" + (
@@ -53,9 +48,29 @@ class ModelCase:
         return 1 if self.kind == "block" else self.depth or entry.depth
 
     @property
+    def cost(self) -> float:
+        """What its time is predicted from; a training step is three forwards."""
+        steps = 1 if self.task == FORWARD else 3
+        return steps * self.batch * sum(entry.cost * self.blocks(entry) for entry in self.entries)
+
+    @property
+    def checks(self) -> int:
+        """Calls that the gate takes as long as."""
+        return 6 if self.checked is None else 1
+
+    @property
+    def family(self) -> str:
+        """Workloads of one family take time in proportion to their cost."""
+        families = dict.fromkeys(entry.block.family for entry in self.entries)
+        return " ".join([self.kind, self.task, *families])
+
+    @property
     def memory(self) -> int:
         """About how many bytes measuring takes: weights of all, activations of one at a time."""
-        itemsize = worker.DTYPES[self.settings.dtype].itemsize
+        if self.one:
+            dtype, backend = DTYPES[self.settings.dtype], self.settings.backend
+            return max(entry.block.memory(dtype, backend) for entry in self.entries)
+        itemsize = DTYPES[self.settings.dtype].itemsize
         weights, activations = [], []
         for entry in self.entries:
             dim, blocks = entry.block.config.dim, self.blocks(entry)
@@ -65,11 +80,12 @@ class ModelCase:
         return itemsize * (COPIES * sum(weights) + FINER_TIMES * max(activations))
 
     def blank(self, status: str, note: str = "") -> list[Row]:
-        return [self.row(e, e.name, e.is_proxy_tokenized, status, note) for e in self.entries]
+        return [
+            self.row(e, e.name, not e.is_proxy_tokenized, status=status, note=note)
+            for e in self.entries
+        ]
 
-    def row(
-        self, entry: Entry, name: str, ours: bool, status: str, note: str = "", **known: Any
-    ) -> Row:
+    def row(self, entry: Entry, name: str, baseline: bool, **known: Any) -> Row:
         config = entry.block.config
         facts = {
             "kind": self.kind,
@@ -81,130 +97,165 @@ class ModelCase:
             "blocks": self.blocks(entry),
             "depth": entry.depth,
             "batch": self.batch,
+            "macs": entry.full.total,
+            "macs_paper": entry.paper.total,
         }
         tokens = self.batch * entry.block.tokens
-        return Row(
-            str(self), self.task, name, entry.name, ours, status, note, tokens, facts=facts, **known
-        )
+        known |= dict(tokens=tokens, facts=facts)
+        return Row(str(self), self.task, name, entry.name, baseline, **known)
 
-    def floor(self, entry: Entry, bench: Bench, fused: bool = False) -> float:
+    def floor(self, entry: Entry, rates: Rates, fused: bool = False) -> float:
         depth = None if self.kind == "block" else self.blocks(entry)
-        sizes = dict(batch=self.batch, itemsize=bench.dtype.itemsize, depth=depth, fused=fused)
-        return floor.work(entry.model, self.size, self.task, **sizes).seconds(bench.rates)  # type: ignore[arg-type]
+        itemsize = DTYPES[self.settings.dtype].itemsize
+        sizes = dict(batch=self.batch, itemsize=itemsize, depth=depth, fused=fused)
+        return floor.work(entry.model, self.size, self.task, **sizes).seconds(rates)  # type: ignore[arg-type]
 
     def measure(self, bench: Bench) -> list[Row]:
-        expected = CALLS * sum(self.floor(entry, bench) for entry in self.entries)
-        if time.monotonic() + expected > bench.deadline:
-            return self.blank(NOT_REACHED, f"would take some {units.seconds(expected)}")
         rows: list[Row] = []
         runs: dict[str, Run] = {}
-        passed: dict[str, tuple[Entry, Contender, float]] = {}
         for entry in self.entries:
-            subject = self._subject(entry)
-            gate = Gate(subject, self.task)
-            for name, contender, problem in _offered(subject, gate, bench.compiled):
-                if contender is None or isinstance(problem, str):
-                    ours = entry.is_proxy_tokenized and not name.endswith(baselines.RELEASED)
-                    rows.append(
-                        self.row(entry, name, ours, FAILED if ours else REFUSED, str(problem))
-                    )
-                else:
-                    passed[name] = entry, contender, problem
-                    runs[name] = bind(contender, subject, self.task)
-            if YARDSTICK not in runs and self.kind == "block" and self.task == FORWARD:
-                runs[YARDSTICK] = baselines.gemms_21(subject.leaves[0])
+            model = self._model(entry)
+            found = list(self._checked(entry, model, bench))
+            if self._has_yardstick and not runs:
+                first = replace(self.row(entry, YARDSTICK, True), model=YARDSTICK)
+                found.append((first, baselines.gemms_21(model.leaves[0])))
+            rows += [row for row, _ in found]
+            runs |= {_key(row): run for row, run in found if run is not None}
         with torch.set_grad_enabled(self.task != FORWARD):
-            times = timing.measure(bench.clock, runs, bench.seconds)
-            peaks = {name: worker.watched(run, bench.device)[1] for name, run in runs.items()}
-        for name, (entry, contender, error) in passed.items():
-            known: dict[str, Any] = dict(timing=times[name], peak=peaks[name], error=error)
-            known["floor"] = self.floor(entry, bench, contender.fused)
-            rows.append(self.row(entry, name, contender.ours, OK, **known))
-        if YARDSTICK in runs:
-            first = self.row(self.entries[0], YARDSTICK, False, OK, timing=times[YARDSTICK])
-            rows.append(replace(first, model=YARDSTICK))
-        return rows
+            peak = {key: peaks.added(run, bench.device) for key, run in runs.items()}
+            before = {key: seconds for key, (_, seconds) in peak.items()}
+            times = clocks.measure(bench.clock, runs, bench.seconds, bench.calls, before)
+        return [
+            replace(row, timing=times[key], peak=peak[key][0])
+            if (key := _key(row)) in runs
+            else row
+            for row in rows
+        ]
 
-    def _subject(self, entry: Entry) -> Subject:
+    @property
+    def _has_yardstick(self) -> bool:
+        return self.kind == "block" and self.task == FORWARD and not self.one
+
+    def _model(self, entry: Entry) -> Model:
         torch.manual_seed(0)
         if self.kind == "block":
-            return block_subject(entry, self.settings, self.batch)
-        return model_subject(entry, self.settings, self.batch, self.depth)
+            return block_model(entry, self.settings, self.batch)
+        return whole_model(entry, self.settings, self.batch, self.depth)
 
+    def _checked(
+        self, entry: Entry, model: Model, bench: Bench
+    ) -> Iterator[tuple[Row, Run | None]]:
+        """A row of each implementation and mode, and how to run it, or the row says why not."""
+        seen = model
+        if self.checked is not None and self.kind == "block":
+            corner = replace(entry, block=entry.block.corner(self.checked))
+            seen = self._model(corner)
+        gate = Gate(seen, self.task)
+        for makers, theirs in zip(
+            implementations(seen, one=self.one), implementations(model, one=self.one), strict=True
+        ):
+            ran = False
+            for name in makers:
+                for row, run in self._modes(entry, name, makers[name], gate, seen, bench):
+                    if run is not None and seen is not model:
+                        run, _ = bind(theirs[name](), model, self.task, graph=row.mode == GRAPH)
+                    ran |= run is not None
+                    yield row, run
+            if ran:
+                return
 
-class Gate:
-    """What a subject's contenders are held to: truth in a finer dtype, and plain torch's error.
+    def _modes(
+        self,
+        entry: Entry,
+        name: str,
+        make: Callable[[], Implementation],
+        gate: Gate,
+        model: Model,
+        bench: Bench,
+    ) -> Iterator[tuple[Row, Run | None]]:
+        baseline = not entry.is_proxy_tokenized or name.endswith(baselines.RELEASED)
 
-    Both are, for PT-DiT, by the backend `reference`, the specification; for full attention, whose
-    scores would not fit, by `sdpa`.
-    """
+        def refused(problem: Exception, mode: str, shown: str) -> Row:
+            status = REFUSED if baseline or shown != name else FAILED
+            return self.row(
+                entry, shown, baseline, mode=mode, status=status, note=first_line(problem)
+            )
 
-    def __init__(self, subject: Subject, task: str) -> None:
-        self.task = task
-        dtype = subject.leaves[0].dtype
-        self.upstream = subject.upstream
-        by = "reference" if subject.proxy_tokenized else "sdpa"
-        finer = FINER.get(dtype, torch.float32)
-        self.truth = self._by(subject, by, finer)
-        self.plain = self._by(subject, by, dtype)
-
-    def _by(self, subject: Subject, backend: str, dtype: torch.dtype) -> list[Tensor]:
-        module = copy.deepcopy(subject.module).to(dtype)
-        for part in module.modules():
-            if hasattr(part, "backend"):
-                part.backend = backend  # type: ignore[assignment]
-        contender = Contender(backend, module, partial(subject.call, module))
-        return self._outputs(contender, tuple(leaf.to(dtype) for leaf in subject.leaves))
-
-    def check(self, contender: Contender, subject: Subject) -> float:
-        """The largest relative error; raises WrongError where it is beyond the limit."""
-        outputs = self._outputs(contender, subject.leaves)
-        return assert_near(contender.name, outputs, self.truth, self.plain)
-
-    def _outputs(self, contender: Contender, leaves: tuple[Tensor, ...]) -> list[Tensor]:
-        """The output, and in training the gradients of the leaves."""
-        first, *others = leaves
-        own = [contender.enter(first), *others]
-        if self.task == FORWARD:
-            with torch.inference_mode():
-                return [contender.leave(contender.call(*own))]
-        own = [t.detach().requires_grad_() for t in own]
-        out = contender.call(*own)
-        upstream = contender.enter(self.upstream.to(out.dtype))
-        dx, *grads = torch.autograd.grad(out, own, upstream)
-        return [contender.leave(out.detach()), contender.leave(dx), *grads]
-
-
-def _offered(
-    subject: Subject, gate: Gate, compiled: bool
-) -> Iterator[tuple[str, Contender | None, float | str]]:
-    """Every contender with its error, or with the reason why it does not take part."""
-    for makers in contenders(subject, compiled=compiled):
-        ran = False
-        for name, make in makers.items():
-            try:
-                contender = make()
-                if contender.fused and gate.task != FORWARD:
-                    continue
-                yield name, contender, gate.check(contender, subject)
-                ran = True
-            except Exception as error:  # refusals have many types
-                yield name, None, first_line(error)
-        if ran:
+        try:
+            own = make()
+        except Exception as problem:  # refusals have many types
+            yield refused(problem, EAGER, name), None
             return
+        if own.for_inference and self.task != FORWARD:
+            return
+        ways: list[tuple[str, str, Callable[[], Implementation]]] = [(EAGER, name, lambda: own)]
+        if bench.compiled:
+            ways.append((COMPILED, name, own.compiled))
+        if bench.device == "cuda":
+            ways.append((GRAPH, name, lambda: own))
+        if bench.quantized and self.task == FORWARD and name != f"{entry.name} fused":
+            # torchao takes some devices and layers alone: to refuse is no fault of the model's.
+            ways.append((COMPILED, f"{name} fp8", lambda: own.fp8().compiled()))
+        for mode, shown, way in ways:
+            try:
+                with torch.set_grad_enabled(self.task != FORWARD):
+                    chosen = way()
+                    run, results = bind(chosen, model, self.task, graph=mode == GRAPH)
+                    error = gate.check(chosen, results)
+            except Exception as problem:  # as above
+                yield refused(problem, mode, shown), None
+                if mode == EAGER:
+                    return
+                continue
+            known: dict[str, Any] = dict(mode=mode, error=error)
+            if bench.rates is not None:
+                known["floor"] = self.floor(entry, bench.rates, chosen.name.endswith(" fused"))
+            yield self.row(entry, shown, baseline, **known), run
 
 
-def bind(contender: Contender, subject: Subject, task: str) -> Run:
-    """One forward without gradients; or forward and backward, to all inputs and weights."""
-    first, *others = subject.leaves
-    own = [contender.enter(first), *others]
+def model_workloads(
+    kind: str, models: Sequence[str], sizes: Sequence[Size], tasks: Sequence[str],
+    settings: Settings, *, batch: int = 1, depth: int | None = None,
+) -> list[ModelWorkload]:  # fmt: skip
+    """Every size in every task, all models of a size in one workload."""
+    planned = plan(list(dict.fromkeys(models)), sizes)
+    by_size = itertools.groupby(planned, key=lambda entry: entry.size)
+    entries = {size: tuple(own) for size, own in by_size}
+    return [
+        ModelWorkload(kind, size, own, settings, task, batch, depth)
+        for task in dict.fromkeys(tasks)
+        for size, own in entries.items()
+    ]
+
+
+def _key(row: Row) -> str:
+    return f"{row.name} {row.mode}"
+
+
+def bind(
+    own: Implementation, model: Model, task: str, *, graph: bool = False
+) -> tuple[Run, tuple[Tensor, ...]]:
+    """How to compute it once more, and what it computed: the output, and in training the gradients
+    of all inputs and weights. `graph`: as the replay of a CUDA graph."""
+    first, *others = model.leaves
+    leaves = [own.enter(first.detach()), *(leaf.detach() for leaf in others)]
     if task == FORWARD:
-        return torch.inference_mode()(partial(contender.call, *own))
-    own = [t.detach().requires_grad_() for t in own]
-    wanted = [*own, *contender.module.parameters()]
-    upstream = contender.enter(subject.upstream)
 
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(contender.call(*own), wanted, upstream)
+        def step() -> tuple[Tensor, ...]:
+            with torch.inference_mode():
+                return (own(*leaves),)
+    else:
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        wanted = [*leaves, *own.module.parameters()]
+        upstream = own.enter(model.upstream)
 
-    return step
+        def step() -> tuple[Tensor, ...]:
+            out = own(*leaves)
+            return out.detach(), *torch.autograd.grad(out, wanted, upstream)
+
+    results = step()
+    if not graph:
+        return step, results
+    replay, results = clocks.captured(step)
+    replay()
+    return replay, results

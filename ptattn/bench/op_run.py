@@ -1,4 +1,4 @@
-"""One operation: the gate, the opponents that can run, and the times of all, in turns."""
+"""One operation: the gate, the baselines that can run, and the times of all, in turns."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import op_opponents, op_parity, timing
+from . import clocks, op_baselines, op_gate
+from .clocks import Run, Timing
 from .harness import Bench, first_line
-from .op_cases import TASKS, Case, Inputs
-from .op_opponents import Call
-from .result import REFUSED, Row
-from .timing import Run, Timing
+from .op_baselines import Call
+from .op_workloads import TASKS, Inputs, Operation
+from .results import EAGER, GPU_ALONE, REFUSED, Row
 
 OURS, OTHERS = "ptattn", "torch"
-# The cases for which an opponent is compiled, and the seconds that must be left for it.
+# The operations of which a baseline is compiled, and the seconds that must be left for it.
 COMPILE_RESERVE = 100.0
 COMPILED = tuple(
     f"{op} XL {size} w{window} b1"
@@ -27,69 +27,71 @@ COMPILED = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """A case as the harness takes it."""
+class OperationWorkload:
+    """An operation as the harness takes it."""
 
-    case: Case
+    operation: Operation
 
     def __str__(self) -> str:
-        return str(self.case)
+        return str(self.operation)
 
     @property
     def memory(self) -> int:
-        return self.case.memory
+        return self.operation.memory
 
     def blank(self, status: str, note: str = "") -> list[Row]:
-        return [_row(self.case, task, OURS, status=status, note=note) for task in TASKS]
+        return [self._row(task, OURS, status=status, note=note) for task in TASKS]
 
     def measure(self, bench: Bench) -> list[Row]:
-        case, inputs = self.case, self.case.inputs(bench.device)
-        errors = op_parity.check(case, inputs, bench.backend)
-        calls, refused = _contenders(case, inputs, bench)
+        inputs = self.operation.inputs(bench.device)
+        errors = op_gate.check(self.operation, inputs, bench.backend)
+        calls, refused = self._implementations(inputs, bench)
+        mode = GPU_ALONE if bench.device == "cuda" else EAGER
         found = []
         for task in TASKS:
             times, refused_now = _times(calls, inputs, task, bench)
             worst = max(e for k, e in errors.items() if k.startswith("d") == (task != "forward"))
-            floor = case.floor(task, bench.rates)
-            found += [
-                _row(case, task, name, timing=t, floor=floor, error=worst if name == OURS else None)
-                for name, t in times.items()
-            ]
-            found += [
-                _row(case, task, name, status=REFUSED, note=why)
-                for name, why in (refused | refused_now).items()
-            ]
+            floor = None if bench.rates is None else self.operation.floor(task, bench.rates)
+            known = dict(mode=mode, floor=floor)
+            for name, timing in times.items():
+                error = worst if name == OURS else None
+                found.append(self._row(task, name, timing=timing, error=error, **known))
+            for name, why in (refused | refused_now).items():
+                found.append(self._row(task, name, status=REFUSED, note=why, mode=mode))
         return found
 
+    def _row(self, task: str, name: str, **fields: object) -> Row:
+        model, baseline = (OURS, False) if name == OURS else (OTHERS, True)
+        known = dict(tokens=self.operation.tokens, facts=self.operation.facts(task))
+        return Row(str(self), task, name, model, baseline, **known, **fields)  # type: ignore[arg-type]
 
-def _row(case: Case, task: str, name: str, **fields: object) -> Row:
-    ours = name == OURS
-    model = OURS if ours else OTHERS
-    known = dict(ours=ours, tokens=case.tokens, facts=case.facts(task))
-    return Row(str(case), task, name, model, **known, **fields)  # type: ignore[arg-type]
-
-
-def _contenders(case: Case, inputs: Inputs, bench: Bench) -> tuple[dict[str, Call], dict[str, str]]:
-    """Ours, and the opponents whose forward runs and computes the same."""
-    backend = bench.backend
-    calls: dict[str, Call] = {OURS: lambda tensors: case.call(backend, tensors, inputs.key_mask)}
-    refused: dict[str, str] = {}
-    left = bench.deadline - time.monotonic()
-    compiled = bench.compiled and left > COMPILE_RESERVE and str(case) in COMPILED
-    offered = op_opponents.opponents(case, inputs.key_mask, backend=backend, compiled=compiled)
-    with torch.no_grad():
-        ours = calls[OURS](inputs.tensors)
-        for makers in offered:
-            for name, make in makers.items():
-                try:
-                    call = make()
-                    op_parity.check_opponent(ours, call(inputs.tensors))
-                    calls[name] = call
-                except Exception as error:  # refusals have many types
-                    refused[name] = first_line(error)
-            if len(calls) > 1:
-                break
-    return calls, refused
+    def _implementations(
+        self, inputs: Inputs, bench: Bench
+    ) -> tuple[dict[str, Call], dict[str, str]]:
+        """Ours, and the baselines whose forward runs and computes the same."""
+        operation, backend = self.operation, bench.backend
+        calls: dict[str, Call] = {
+            OURS: lambda tensors: operation.call(backend, tensors, inputs.key_mask)
+        }
+        refused: dict[str, str] = {}
+        left = bench.deadline - time.monotonic()
+        compiled = bench.compiled and left > COMPILE_RESERVE and str(self) in COMPILED
+        offered = op_baselines.baselines_of(
+            operation, inputs.key_mask, backend=backend, compiled=compiled
+        )
+        with torch.no_grad():
+            ours = calls[OURS](inputs.tensors)
+            for makers in offered:
+                for name, make in makers.items():
+                    try:
+                        call = make()
+                        op_gate.check_baseline(ours, call(inputs.tensors))
+                        calls[name] = call
+                    except Exception as error:  # refusals have many types
+                        refused[name] = first_line(error)
+                if len(calls) > 1:
+                    break
+        return calls, refused
 
 
 def _times(
@@ -104,14 +106,14 @@ def _times(
             if task == "backward":
                 grads = step()
                 ours = grads if name == OURS else ours
-                op_parity.check_opponent(ours, grads)
+                op_gate.check_baseline(ours, grads)
         except Exception as error:
             if name == OURS:
                 raise
             runs.pop(name, None)
             refused[name] = first_line(error)
     with torch.set_grad_enabled(task == "backward"):
-        return timing.measure(bench.clock, runs, bench.seconds), refused
+        return clocks.measure(bench.clock, runs, bench.seconds, bench.calls), refused
 
 
 def bind(call: Call, inputs: Inputs, task: str) -> Run:

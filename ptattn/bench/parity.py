@@ -13,8 +13,8 @@ In float16 and bfloat16 a backend that accumulates in float32 is well within thi
 float64 it rounds as finely as eager does, and which of the two is nearer is luck: there, several
 eagers are given, and the largest error counts.
 
-Whole blocks and models go by the norm instead (`assert_near`): their errors are those of many
-roundings one after another, of which the largest says little.
+Whole blocks and models go by the norm instead (`gate`): their errors are those of many roundings
+one after another, of which the largest says little.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 FORWARD, GRADIENT, RMS, FLOOR = 1.0, 1.5, 1.1, 4.0
-# Relative errors in the norm: of a contender against plain torch's, and plain torch's own, beyond
-# which what is computed amplifies rounding so much that nothing can be checked on it.
-NEAR, BLURRED = 1.5, 0.2
 
 
 class WrongError(AssertionError):
@@ -71,33 +68,6 @@ def assert_within_rule(
         if not mine <= bound:
             kind = WrongError if ours.dtype in HALF else UnluckyError
             raise kind(f"{name}: {what} error {mine:.3g} > {bound:.3g}, eager {max(others):.3g}")
-
-
-def assert_near(
-    name: str, theirs: Sequence[Tensor], truth: Sequence[Tensor], plain: Sequence[Tensor]
-) -> float:
-    """Hold what a block or model computes to plain torch's accuracy; its largest relative error.
-
-    Args:
-        theirs, plain: outputs and gradients in the tested dtype, plain torch's for comparison.
-        truth: the same in a finer dtype, on the inputs and weights as rounded to the tested one.
-
-    Raises:
-        WrongError: an error beyond NEAR times plain torch's, or a shape or NaN that truth has not.
-    """
-    worst = 0.0
-    for i, (mine, exact, usual) in enumerate(zip(theirs, truth, plain, strict=True)):
-        if mine.shape != exact.shape:
-            raise WrongError(f"{name}: shape {tuple(mine.shape)}, not {tuple(exact.shape)}")
-        error, known = (relative_error(t, exact) for t in (mine, usual))
-        limit = NEAR * known + torch.finfo(mine.dtype).eps
-        what = "output" if i == 0 else "gradient"
-        if not known <= BLURRED:
-            raise WrongError(f"{name}: plain torch's own {what} error is {known:.1e}")
-        if not error <= limit:
-            raise WrongError(f"{name}: {what} error {error:.1e}, limit {limit:.1e}")
-        worst = max(worst, error)
-    return worst
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:

@@ -1,171 +1,239 @@
-"""Latency against tokens, at equal width and at equal parameters; memory against frames: PNG."""
+"""Pictures of a result, PNG: multiply-adds and time against tokens, memory against frames."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..compare.plots import DASHES, OPPONENT_COLORS, PROXY_COLORS
-from . import memory
+from .. import flops
+from . import memory, results
 from .floor import FORWARD
-from .result import OK, PREDICTED, Result, Row, fastest, groups
+from .model_run import YARDSTICK
+from .results import EAGER, GRAPH, OK, PREDICTED, Result, Row
+from .workloads import TEXT_TOKENS
 
-# Models of one width, D = 1152, and of one number of parameters within 10 %.
-PANELS = {
-    "at equal width, D = 1152": ("PT-DiT/XL", "DiT/XL", "PixArt-α"),
-    "at equal parameters, 0.6 B": ("PT-DiT/L", "PixArt-α"),
-    "at equal parameters, 0.13 B": ("PT-DiT/B", "DiT/B"),
-}
-SIZE = 17, 6.25  # inches
+CANDIDATES = ("#1266a8", "#5bb0e8", "#0b3c5d")
+BASELINES = ("#c8323c", "#e8920c", "#6a3d9a", "#555555", "#8c564b")
+DASHES: dict[str, Any] = dict(linestyle=(0, (4, 2)), linewidth=1.6)
+SIZE = 17, 6.25  # inches of three panels
+PANELS = 3
 
 Points = list[tuple[int, float]]  # tokens and seconds, fewest tokens first
+Make = Callable[[Result], bytes | None]
 
 
-def draw(result: Result) -> tuple[str, bytes] | None:
-    """The picture of a result and what it shows; None where there is nothing to draw."""
-    if result.kind == memory.KIND:
-        caption, picture = "Peak memory of training against frames", peaks(result)
-    else:
-        caption, picture = "Forward time against tokens", crossover(result)
-    return None if picture is None else (caption, picture)
+def draw(result: Result) -> list[tuple[str, str, bytes]]:
+    """Caption, file and picture of each; none where there is nothing to draw."""
+    known = pictures(result.kind)
+    return [(text, name, png) for text, name, make in known if (png := make(result))]
 
 
-def crossover(result: Result) -> bytes | None:
-    """Forward time of images at batch 1, the fastest contender of each model; blocks times depth.
-
-    None where no panel has a PT-DiT and an opponent at two sizes.
-    """
-    panels = {title: _points(result.rows, models) for title, models in PANELS.items()}
-    panels = {title: lines for title, lines in panels.items() if len(lines) > 1}
-    if not panels:
-        return None
-    figure = Figure(figsize=(SIZE[0] * len(panels) / 3 + 2, SIZE[1]), dpi=130, layout="constrained")
-    predicted = any(row.status == PREDICTED for row in result.rows)
-    figure.suptitle(_title(result, predicted), x=0.01, ha="left", fontsize=15, fontweight="bold")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
-                                    panels.items(), strict=True):  # fmt: skip
-        _panel(axes, title, lines)
-    return _png(figure)
-
-
-def peaks(result: Result) -> bytes | None:
-    """Peak memory of training against frames, a panel per model, beside the paper's.
-
-    None before the first row.
-    """
-    models = list(dict.fromkeys(row.model for row in result.rows))
-    if not models:
-        return None
-    figure = Figure(figsize=(3 + 5 * len(models), SIZE[1]), dpi=130, layout="constrained")
-    title = f"Peak of training on one sample at {memory.SIDE} px, {result.machine.split(';')[0]}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-    for axes, model in zip(panels, models, strict=True):
-        _peaks(axes, [row for row in result.rows if row.model == model and row.peak])
-        axes.set_title(model, loc="left", fontsize=13)
-    known = {line.get_label(): line for axes in panels for line in axes.lines}
-    figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize=11)
-    return _png(figure)
-
-
-def _peaks(axes: Any, rows: Sequence[Row]) -> None:
-    lines: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.status == PREDICTED:
-            lines.setdefault((row.facts["recipe"], row.contender), []).append(row)
-    styles = dict(zip(memory.RECIPES, ("-", DASHES["linestyle"]), strict=True))
-    colors = dict(zip(dict.fromkeys(kept for _, kept in lines), PROXY_COLORS, strict=False))
-    for (recipe, kept), own in lines.items():
-        axes.plot([row.facts["frames"] for row in own], [(row.peak or 0) / 1e9 for row in own],
-                  label=f"{recipe}, {kept}", color=colors[kept],
-                  linestyle=styles[recipe], linewidth=2.2)  # fmt: skip
-    measured = [(r.facts["frames"], (r.peak or 0) / 1e9) for r in rows if r.status == OK]
-    printed = {(r.facts["frames"], r.facts["printed"]) for r in rows if r.facts["printed"]}
-    for points, label, color in ((measured, "measured", "0.5"), (printed, "paper", "k")):
-        if points:
-            axes.plot(*zip(*points, strict=True), "o", label=label, color=color)
-    axes.set_xticks(sorted({row.facts["frames"] for row in rows}))
-    _finish(axes, "latent frames", "GB")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _title(result: Result, predicted: bool) -> str:
-    where = result.settings.get("predicted_for") if predicted else result.machine.split(";")[0]
-    return f"One forward pass, {'PREDICTED for' if predicted else 'measured on'} {where}"
-
-
-def _points(rows: Sequence[Row], models: Sequence[str]) -> dict[str, Points]:
-    """Of the models that have two sizes or more; empty unless a PT-DiT is among them."""
-    found: dict[str, Points] = {}
-    for kind in ("block", "model"):  # whole models take the place of blocks
-        own = [row for row in rows if _fits(row, kind)]
-        lines: dict[str, Points] = {}
-        for group in groups(own).values():
-            for model in models:
-                best = fastest(group, model)
-                if best and best.seconds:
-                    times = best.facts["depth"] if kind == "block" else 1
-                    lines.setdefault(model, []).append((best.tokens, times * best.seconds))
-        lines = {model: sorted(line) for model, line in lines.items() if len(line) > 1}
-        if len(lines) > 1 and any(model.startswith("PT-DiT") for model in lines):
-            found = lines
+def pictures(kind: str) -> list[tuple[str, str, Make]]:
+    """Caption, file and maker of all that a result of this kind can have."""
+    if kind == memory.KIND:
+        return [("Peak memory of training against frames", f"{kind}.png", peaks)]
+    name = "latency.png" if kind == "compare" else f"{kind}.png"
+    found: list[tuple[str, str, Make]] = [("Forward time against tokens", name, times)]
+    if kind == "compare":
+        found.insert(0, ("Multiply-adds against tokens", "gflops.png", multiply_adds))
+    if kind == "gpu":
+        found.insert(0, ("Speed against full attention and the floor", "speed.png", speed))
     return found
 
 
-def _fits(row: Row, kind: str) -> bool:
-    """Images at batch 1, as they are in use: whole models at their own depth, not fused."""
-    known = row.facts
-    return (
-        row.task == FORWARD
-        and (known.get("kind"), known.get("frames"), known.get("batch")) == (kind, 1, 1)
-        and (kind == "block" or known["blocks"] == known["depth"])
-        and not row.contender.endswith(("fused", "roll-and-mask"))
-    )
+# Images at batch 1.
 
 
-def _panel(axes: Any, title: str, lines: dict[str, Points]) -> None:
-    palettes = {True: iter(PROXY_COLORS), False: iter(OPPONENT_COLORS)}
-    colors = {model: next(palettes[model.startswith("PT-DiT")]) for model in lines}
-    for model, line in lines.items():
-        style = dict(marker="o", markersize=6, linewidth=2.2, color=colors[model])
-        axes.plot(*zip(*line, strict=True), label=model, **style)
-    for ours, theirs in ((a, b) for a in lines for b in lines):
-        if ours.startswith("PT-DiT") and not theirs.startswith("PT-DiT"):
+def times(result: Result) -> bytes | None:
+    """Forward time, the fastest implementation of each model; of blocks times depth.
+
+    A panel for PT-DiT with the baselines of its width, or of its number of parameters; None where
+    none of them has two models at two sizes. On a GPU solid lines are CUDA graphs, dashed ones
+    eager mode.
+    """
+    images = [row for row in result.rows if _is_image(row)]
+    panels = {}
+    for title, models in _panels(images).items():
+        lines = {model: _points(images, model) for model in models}
+        lines = {model: line for model, line in lines.items() if len(line) > 1}
+        if len(lines) > 1 and not all(_colors(images)[model] in BASELINES for model in lines):
+            panels[title] = lines
+    panels = dict(list(panels.items())[:PANELS])
+    if not panels:
+        return None
+    figure = _figure(len(panels), _title(result))
+    colors = _colors(images)
+    for axes, (title, lines) in zip(_axes(figure, len(panels)), panels.items(), strict=True):
+        styles: list[Line2D] = []
+        for model, line in lines.items():
+            _line(axes, line, colors[model], label=model)
+            eager = _points(images, model, EAGER)
+            if eager != line:
+                _line(axes, eager, colors[model], marker="", **DASHES)
+                styles = [
+                    Line2D([], [], color="0.35", linewidth=2.2, label="CUDA graph"),
+                    Line2D([], [], color="0.35", label="eager", **DASHES),
+                ]
+        for ours, theirs in _pairs(lines, colors):
             for tokens, seconds in _crossings(lines[ours], lines[theirs]):
-                ring = dict(marker="o", markersize=15, markerfacecolor="none", markeredgewidth=2)
                 text = f"{ours} = {theirs}: ≈ {float(f'{tokens:.2g}'):,.0f} tokens"
-                axes.plot(
-                    [tokens], [seconds], color=colors[theirs], linestyle="", label=text, **ring
-                )
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
-    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    _finish(axes, "tokens", "seconds")
+                _mark(axes, tokens, seconds, text, colors[theirs])
+        _finish(axes, title, lines, "seconds", styles)
+    return _png(figure)
+
+
+def multiply_adds(result: Result) -> bytes | None:
+    """Of one forward pass: in full (solid) and by the paper's convention (dashed)."""
+    rows = [row for row in result.rows if _is_image(row) and row.mode == EAGER]
+    if not rows:
+        return None
+    figure = _figure(1, "Multiply-adds of one forward pass")
+    (axes,), colors = _axes(figure, 1), _colors(rows)
+    lines = {}
+    for model, color in colors.items():
+        own = [row for row in rows if row.model == model]
+        lines[model] = [(row.tokens, row.facts["macs"] / 1e9) for row in own]
+        _line(axes, lines[model], color, label=model)
+        paper = [(row.tokens, row.facts["macs_paper"] / 1e9) for row in own]
+        _line(axes, paper, color, marker="", **DASHES)
+    first = {row.model: row for row in rows}
+    for ours, theirs in _pairs(lines, colors):
+        one, other = first[ours], first[theirs]
+        if results.equal(one, other) != "width":
+            continue
+        names = one.facts["model"], other.facts["model"]
+        tokens = flops.crossover(*names, text_tokens=TEXT_TOKENS)
+        if tokens and lines[ours][0][0] <= tokens <= lines[ours][-1][0]:
+            side = math.isqrt(tokens) * one.facts["side"] // math.isqrt(one.tokens)
+            macs = flops.count(names[1], side, text_tokens=TEXT_TOKENS).total / 1e9
+            _mark(axes, tokens, macs, f"{ours} = {theirs}: {tokens:,} tokens", colors[theirs])
+    styles = [
+        Line2D([], [], color="0.35", linewidth=2.2, label="counted in full"),
+        Line2D([], [], color="0.35", label="as in the paper", **DASHES),
+    ]
+    _finish(axes, "", lines, "GMACs (10⁹ multiply-adds)", styles)
+    return _png(figure)
+
+
+# Of a GPU.
+
+
+def speed(result: Result) -> bytes | None:
+    """How many times as fast as full attention of its width one block of PT-DiT is, by size and
+    mode; and the share of the floor that operations reach at 2048 px. None without their rows."""
+    blocks = [r for r in result.rows if r.facts.get("kind") == "block" and r.task == FORWARD]
+    operations = [r for r in result.rows if "XL 2048 px" in r.workload and not r.baseline]
+    operations = [r for r in operations if "op" in r.facts and r.share]
+    if not blocks or not operations:
+        return None
+    figure = _figure(2, f"{result.where}, {result.settings['dtype']}, batch 1")
+    left, right = _axes(figure, 2)
+    _speeds(left, sorted(blocks, key=lambda row: (row.facts["frames"], row.tokens)))
+    _shares(right, operations)
+    return _png(figure)
+
+
+def _speeds(axes: Any, rows: Sequence[Row]) -> None:
+    group, names = results.groups(rows), list(dict.fromkeys(row.size for row in rows))
+    own = {YARDSTICK, *(row.model for row in rows if not row.baseline)}
+    models = dict.fromkeys(row.model for row in rows if row.model not in own)
+    styles: dict[str, dict[str, Any]] = {GRAPH: {}, EAGER: DASHES}
+    for (model, color), mode in itertools.product(zip(models, BASELINES, strict=False), styles):
+        points = []
+        for row in rows:
+            if row.name == row.model and not row.baseline and row.mode == mode:
+                ratio = results.speedup(row, group[row.workload, row.task], model)
+                points += [(names.index(row.size), ratio)] if ratio else []
+        if points:
+            _line(axes, points, color, label=f"{model}, {mode}", **styles[mode])
+    axes.axhline(1, color="0.35", linewidth=1)
+    axes.set_title("One block, forward: times as fast as", loc="left", fontsize=13)
+    _scale(axes, "", "")
+    axes.set_xticks(range(len(names)), names)
     axes.legend(fontsize=11, edgecolor="none", loc="upper left")
 
 
-def _finish(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
-    axes.grid(True, color="0.9")
+def _shares(axes: Any, rows: Sequence[Row]) -> None:
+    labels = list(dict.fromkeys(_operation(row) for row in rows))
+    for task, offset, color in (("forward", -0.2, CANDIDATES[0]), ("backward", 0.2, CANDIDATES[1])):
+        own = {_operation(row): 100 * (row.share or 0) for row in rows if row.task == task}
+        places = [labels.index(label) + offset for label in own]
+        axes.barh(places, list(own.values()), 0.38, color=color, label=task)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_title("Operations at 2048 px: % of the floor", loc="left", fontsize=13)
+    axes.grid(True, axis="x", color="0.9")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=11, edgecolor="none", loc="lower right")
+
+
+def _operation(row: Row) -> str:
+    return f"{row.facts['op']}, {'×'.join(map(str, row.facts['window']))}"
+
+
+def _is_image(row: Row) -> bool:
+    """In use: whole models at their own depth, not fused, or blocks."""
+    known = row.facts
+    return (
+        row.task == FORWARD
+        and (known.get("frames"), known.get("batch")) == (1, 1)
+        and known.get("kind") in ("block", "model")
+        and (known["kind"] == "block" or known["blocks"] == known["depth"])
+        and row.model != YARDSTICK
+        and not row.name.endswith(("fused", "roll-and-mask", "fp8"))
+    )
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The models of each panel, by its title: PT-DiT of the largest width first."""
+    first = {row.model: row for row in rows}
+    candidates = [row for row in first.values() if not row.baseline]
+    panels: dict[str, list[str]] = {}
+    for how in ("width", "parameters"):
+        for row in sorted(candidates, key=lambda row: -row.facts["width"]):
+            peers = [r.model for r in first.values() if r.baseline and results.equal(row, r) == how]
+            what = f"D = {row.facts['width']}"
+            if how == "parameters":
+                what = f"{float(f'{row.facts[how]:.2g}') / 1e9:g} B"
+            if peers:
+                panels[f"at equal {how}, {what}"] = [row.model, *peers]
+    return panels
+
+
+def _points(rows: Sequence[Row], model: str, mode: str | None = None) -> Points:
+    """The shortest time at each size: of whole models, or of blocks where these have more sizes; in
+    a mode, or in CUDA graphs where there are some."""
+    wanted = mode or (GRAPH if any(row.mode == GRAPH for row in rows) else EAGER)
+    found: dict[str, dict[int, float]] = {"model": {}, "block": {}}
+    for row in rows:
+        if (row.model, row.mode) == (model, wanted) and row.whole:
+            best = found[row.facts["kind"]]
+            best[row.tokens] = min(best.get(row.tokens, math.inf), row.whole)
+    return sorted(max(found.values(), key=len).items())
+
+
+def _colors(rows: Sequence[Row]) -> dict[str, str]:
+    models = {row.model: row.baseline for row in rows}
+    colors: dict[str, str] = {}
+    for palette, baseline in ((CANDIDATES, False), (BASELINES, True)):
+        own = [model for model, is_baseline in models.items() if is_baseline == baseline]
+        colors |= {model: palette[i % len(palette)] for i, model in enumerate(own)}
+    return colors
+
+
+def _pairs(lines: dict[str, Points], colors: dict[str, str]) -> list[tuple[str, str]]:
+    """Each PT-DiT with each baseline."""
+    ours = [model for model in lines if colors[model] in CANDIDATES]
+    return [(one, other) for one in ours for other in lines if other not in ours]
 
 
 def _crossings(ours: Points, theirs: Points) -> Points:
@@ -182,3 +250,108 @@ def _crossings(ours: Points, theirs: Points) -> Points:
             t = gain0 / (gain0 - gain1)
             found.append((round(math.exp(x0 + t * (x1 - x0))), math.exp(y0 + t * (y1 - y0))))
     return found
+
+
+# Memory.
+
+
+def peaks(result: Result) -> bytes | None:
+    """Peak memory of training against frames, a panel per model, beside the paper's.
+
+    None before the first row.
+    """
+    models = list(dict.fromkeys(row.model for row in result.rows))
+    if not models:
+        return None
+    figure = Figure(figsize=(3 + 5 * len(models), SIZE[1]), dpi=130, layout="constrained")
+    title = f"Peak of training on one sample at {memory.SIDE} px, {result.where}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
+        _peaks(axes, [row for row in result.rows if row.model == model and row.peak])
+        axes.set_title(model, loc="left", fontsize=13)
+    known = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize=11)
+    return _png(figure)
+
+
+def _peaks(axes: Any, rows: Sequence[Row]) -> None:
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.status == PREDICTED:
+            lines.setdefault((row.facts["recipe"], row.name), []).append(row)
+    styles = dict(zip(memory.RECIPES, ("-", DASHES["linestyle"]), strict=True))
+    colors = dict(zip(dict.fromkeys(kept for _, kept in lines), CANDIDATES, strict=False))
+    for (recipe, kept), own in lines.items():
+        axes.plot([row.facts["frames"] for row in own], [(row.peak or 0) / 1e9 for row in own],
+                  label=f"{recipe}, {kept}", color=colors[kept],
+                  linestyle=styles[recipe], linewidth=2.2)  # fmt: skip
+    measured = [(r.facts["frames"], (r.peak or 0) / 1e9) for r in rows if r.status == OK]
+    printed = {(r.facts["frames"], r.facts["printed"]) for r in rows if r.facts["printed"]}
+    for points, label, color in ((measured, "measured", "0.5"), (printed, "paper", "k")):
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", label=label, color=color)
+    axes.set_xticks(sorted({row.facts["frames"] for row in rows}))
+    _scale(axes, "latent frames", "GB")
+
+
+# Figures.
+
+
+def _figure(panels: int, title: str) -> Figure:
+    size = (SIZE[0] * panels / 3 + 2 if panels > 1 else 10, SIZE[1])
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+    return figure
+
+
+def _title(result: Result) -> str:
+    where, dtype = result.where, result.settings["dtype"]
+    blocks = result.kind in ("compare", "block", "gpu")
+    kind = ", depth × one measured block" if blocks else ""
+    return f"One forward pass, {where}, {dtype}{kind}"
+
+
+def _axes(figure: Figure, panels: int) -> Any:
+    return figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _line(axes: Any, points: Points, color: str, **style: Any) -> None:
+    style = dict(marker="o", markersize=6, linewidth=2.2) | style
+    axes.plot(*zip(*points, strict=True), color=color, **style)
+
+
+def _mark(axes: Any, tokens: float, value: float, text: str, color: str) -> None:
+    """A ring where two lines cross, explained in the legend: next to it is too little room."""
+    ring = dict(marker="o", markersize=15, markerfacecolor="none", markeredgewidth=2)
+    axes.plot([tokens], [value], color=color, zorder=5, linestyle="", label=text, **ring)
+
+
+def _finish(
+    axes: Any, title: str, lines: dict[str, Points], unit: str, more: Sequence[Line2D] = ()
+) -> None:
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    _scale(axes, "tokens", unit)
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(handles=[*handles, *more], fontsize=11, edgecolor="none", loc="best")
+
+
+def _scale(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    axes.grid(True, color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,7 +1,7 @@
 """What a GPU would take by the block floor's model: predicted, not measured.
 
 Everything of `floor` runs at the device's rates with nothing between; full attention runs at the
-rate published for FlashAttention-3, which is kinder to the opponents than to ours: theirs is a
+rate published for FlashAttention-3, which is kinder to the baselines than to PT-DiT: theirs is a
 kernel's best, and torch's own kernels are slower at their head dim.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from ..models import get_config
 from . import floor
+from .clocks import Rates, Timing
 from .floor import FORWARD
-from .model_run import ModelCase
-from .result import PREDICTED, Row
-from .timing import Rates, Timing
+from .model_run import ModelWorkload
+from .results import PREDICTED, Row
 
 # Published for FlashAttention-3's forward at head dim 128 and 16k tokens on an H100, whose products
 # are as fast as an H200's (arXiv 2407.08608).
@@ -46,32 +46,35 @@ def notes(device: Device) -> list[str]:
         f"Full attention runs at {full:.0f} TFLOP/s, what FlashAttention-3 publishes for head dim "
         f"128 on an H100, times head dim over the padded one (72 of 96: {0.75 * full:.0f}); its "
         "backward at the same rate, which is kinder than what is published. Ours is predicted at "
-        "its floor: measured it will be slower, so that a target met by a small margin here may "
-        "be missed in truth.",
+        "its floor: measured it will be slower, so that a narrow margin here may be "
+        "lost in truth.",
         "“fused” is PT-DiT after `ptattn.fuse`: past 2·D tokens 20·D² of linear layers per token "
         "in place of 22·D², and 2·D³ that make the matrices. Memory: `ptattn bench memory`.",
     ]
 
 
-def rows(cases: Iterable[ModelCase], device: Device) -> list[Row]:
+def rows(workloads: Iterable[ModelWorkload], device: Device) -> list[Row]:
     """A row per model, and one for the fused PT-DiT in a whole model's forward."""
     found = []
-    for case in cases:
-        for entry in case.entries:
-            found.append(_row(case, entry.model, device, fused=False))
-            if entry.is_proxy_tokenized and case.kind == "model" and case.task == FORWARD:
-                found.append(_row(case, entry.model, device, fused=True))
+    for workload in workloads:
+        for entry in workload.entries:
+            found.append(_row(workload, entry.model, device, fused=False))
+            whole = workload.kind == "model" and workload.task == FORWARD
+            if entry.is_proxy_tokenized and whole:
+                found.append(_row(workload, entry.model, device, fused=True))
     return found
 
 
-def _row(case: ModelCase, model: str, device: Device, fused: bool) -> Row:
-    (entry,) = (entry for entry in case.entries if entry.model == model)
+def _row(workload: ModelWorkload, model: str, device: Device, fused: bool) -> Row:
+    (entry,) = (entry for entry in workload.entries if entry.model == model)
     config = get_config(model)
-    depth = None if case.kind == "block" else case.blocks(entry)
-    work = floor.work(model, case.size, case.task, batch=case.batch, depth=depth, fused=fused)
+    depth = None if workload.kind == "block" else workload.blocks(entry)
+    work = floor.work(
+        model, workload.size, workload.task, batch=workload.batch, depth=depth, fused=fused
+    )
     head_dim = config.dim // config.num_heads
     full = FULL_ATTENTION * head_dim / PADDED[head_dim]
     seconds = work.seconds(device.rates, full)
     name = f"{entry.name} fused" if fused else entry.name
-    row = case.row(entry, name, entry.is_proxy_tokenized, PREDICTED)
-    return replace(row, timing=Timing(seconds, seconds, seconds, 0.0, 0))
+    row = workload.row(entry, name, not entry.is_proxy_tokenized, status=PREDICTED)
+    return replace(row, timing=Timing(seconds, seconds, seconds, seconds, 0))

@@ -24,7 +24,7 @@ from ..flops import VAE_FACTOR
 from ..flow import FLOW, Guided, Objective, resolution_shift
 from .autoencoder import compression, decode
 from .components import check_fit, objective_of
-from .prompts import as_negatives, as_texts, check_prompts, encode_texts
+from .prompts import as_negatives, as_texts, check_cleaning, check_prompts, clean, encode_texts
 from .transformer import PTDiTTransformer
 
 logger = logging.get_logger(__name__)
@@ -56,10 +56,14 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         vae: an autoencoder of diffusers, of images (then frames are decoded one by one) or videos.
         scheduler: as `ptattn.flow.FLOW.scheduler()` makes it, or `V.scheduler()` for a transformer
             trained on v-prediction.
+        clean_caption: texts are cleaned as PixArt-α's and the released model's are: lower case,
+            without links, markup and more.
+        tile_vae: calls `vae.enable_tiling()`.
 
     Raises:
         TypeError: another transformer.
         ValueError: components that do not fit each other.
+        ImportError: no ftfy or BeautifulSoup, which clean captions.
 
     Example:
         >>> pipeline = PTDiTPipeline.from_pretrained("folder", dtype=torch.bfloat16)
@@ -79,8 +83,12 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         transformer: PTDiTTransformer,
         vae: Any,
         scheduler: Any,
+        clean_caption: bool = False,
+        tile_vae: bool = False,
     ) -> None:
         super().__init__()
+        if clean_caption:
+            check_cleaning()
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -88,7 +96,10 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             vae=vae,
             scheduler=scheduler,
         )
+        self.register_to_config(clean_caption=clean_caption, tile_vae=tile_vae)
         self._check_components()
+        if tile_vae:
+            vae.enable_tiling()
 
     @classmethod
     def from_pipe(
@@ -106,7 +117,8 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         shared = {name: c for name, c in pipeline.components.items() if name in wanted}
         # Both have a state: concurrent calls would take each other's.
         own = {n: copy.deepcopy(shared[n]) for n in ("scheduler", "tokenizer") if n in shared}
-        made = cls(**shared | own | components)
+        settings = {n: pipeline.config.get(n, False) for n in ("clean_caption", "tile_vae")}
+        made = cls(**settings | shared | own | components)
         return made if dtype is None else made.to(dtype=dtype)
 
     @classmethod
@@ -291,13 +303,14 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             both = embeds.to(place, self.transformer.dtype), mask.to(place, torch.bool)
             return [t.repeat_interleave(num_images_per_prompt, 0) for t in both]
 
+        cleaned = clean if self.config.clean_caption else list
         if prompt_embeds is None:
-            texts = as_texts("prompt", prompt)
+            texts = cleaned(as_texts("prompt", prompt))
             given = encode("prompt", texts, max_sequence_length)
         if not do_classifier_free_guidance:
             return *ready(*given), None, None
         if negative_prompt_embeds is None:
-            texts, length = as_negatives(negative_prompt, count), given[0].shape[1]
+            texts, length = cleaned(as_negatives(negative_prompt, count)), given[0].shape[1]
             negatives = encode("negative_prompt", texts, length)
         return *ready(*given), *ready(*negatives)
 

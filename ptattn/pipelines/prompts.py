@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
+from diffusers import PixArtAlphaPipeline
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -33,6 +35,25 @@ def as_negatives(value: Any, count: int) -> list[str]:
     if value is None or isinstance(value, str):
         return [value or ""] * count
     return as_texts("negative_prompt", value)
+
+
+def check_cleaning() -> None:
+    """Raise ImportError unless captions can be cleaned.
+
+    diffusers would leave them as they are, with a warning.
+    """
+    for package, module in (("ftfy", "ftfy"), ("beautifulsoup4", "bs4")):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"clean_caption needs {package}: pip install ptattn[t2x]")
+
+
+def clean(texts: list[str]) -> list[str]:
+    """Texts as PixArt-α's are cleaned, twice, by diffusers' own function."""
+    check_cleaning()
+    # It needs nothing of the pipeline that it is a method of.
+    pixart = PixArtAlphaPipeline.__new__(PixArtAlphaPipeline)
+    cleaned: list[str] = pixart._text_preprocessing(texts, clean_caption=True)
+    return cleaned
 
 
 def check_prompts(

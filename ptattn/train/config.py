@@ -27,11 +27,12 @@ class DataConfig:
     """Where examples come from.
 
     Args:
-        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", or a function of
-            yours as "module:function" (`data.load`).
-        size: height and width in pixels; pictures are scaled and cropped to it.
-        frames: of a video or views around an object; 1 for images.
-        folder: of your own images or videos.
+        source: "mnist", "emoji", "clips", "views", your own "images" and "videos", what
+            `ptattn encode` makes of them, "latents", or a function of yours as "module:function"
+            (`data.load`).
+        size: height and width in pixels; pictures are scaled and cropped to it. Of latents, theirs.
+        frames: of a video or views around an object; 1 for images. Of latents, theirs.
+        folder: of your own images, videos or latents.
         captions: your own captions, JSON lines {"file_name": ..., "text": ...}, one or several
             for a file; by default metadata.jsonl in the folder. Without captions, subfolders are
             classes.
@@ -78,7 +79,7 @@ class Config:
 
     Args:
         data: where examples come from.
-        model: its sizes; in_channels 1 or 3 for pixels in grey or colour.
+        model: its sizes; in_channels 1 or 3 for pixels in grey or colour, or those of latents.
         architecture: "pt-dit", or "dit" to compare with.
         objective: "flow", or "v" as in the paper.
         shift: of noise levels; by default that of the resolution, where a pixel of the data counts
@@ -131,7 +132,7 @@ class Config:
         for name in ("warmup", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if self.model.in_channels not in (1, 3):
+        if self.data.source != "latents" and self.model.in_channels not in (1, 3):
             raise ValueError(
                 f"model.in_channels must be 1 (grey) or 3 (colour); got {self.model.in_channels}"
             )

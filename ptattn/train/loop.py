@@ -218,5 +218,6 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor], objective: flow.Objec
     """The loss of a batch as `data.batches` gives it."""
     pixels, noise, timestep = (batch[name] for name in ("pixels", "noise", "timestep"))
     condition = {name: batch[name] for name in batch.keys() - {"pixels", "noise", "timestep"}}
-    noisy, target = objective.corrupt(pixels.float() / 127.5 - 1, noise, timestep)
+    clean = pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+    noisy, target = objective.corrupt(clean, noise, timestep)
     return flow.loss(model(noisy, timestep, **condition), target)

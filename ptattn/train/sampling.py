@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .. import flow
 from .config import Config
 from .data import Conditions, Dataset
 from .data.stream import PICTURE, generator
+from .encode import decode
 
 
 def examples(data: Dataset, config: Config) -> Sequence[int | str]:
@@ -46,7 +48,7 @@ def draw(
         steps, guidance: by default those of `config.samples`, else the objective's.
 
     Returns:
-        uint8 (n, C, H, W) or (n, C, F, H, W), on the CPU.
+        uint8 (n, C, H, W) or (n, C, F, H, W), on the CPU; of latents, what they decode to.
     """
     seed = config.seed if seed is None else seed
     encode = Conditions(config)
@@ -71,5 +73,7 @@ def draw(
                 guidance=config.samples.guidance if guidance is None else guidance,
                 shift=config.noise_shift,
             )
-        pictures.append(x.add(1).mul(127.5).round().clamp(0, 255).byte().cpu())
-    return torch.cat(pictures)
+        pictures.append(x)
+    if config.data.source == "latents":
+        return decode(torch.cat(pictures), Path(config.data.folder or ""))
+    return torch.cat(pictures).add(1).mul(127.5).round().clamp(0, 255).byte().cpu()

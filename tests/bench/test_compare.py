@@ -1,234 +1,28 @@
-"""What `ptattn compare` does with its cases: plan, budget, failures, times, findings, files."""
+"""What is made of rows: findings, tables, plots, and the files that a run leaves."""
 
-import argparse
 import dataclasses
 import io
-import json
 import os
-import signal
-import time
-from pathlib import Path
-from typing import ClassVar
 
 import pytest
-import torch
+from matplotlib import image
 from rich.console import Console
 
-from ptattn import environment, files
-from ptattn.compare import cases, findings, plots, report, runner, settings_of, tables, worker
-from ptattn.compare.cases import Block, Entry, Size
-from ptattn.compare.runner import Outcome, Result
-from ptattn.compare.worker import CaseError, Measurement, Settings, Worker
+from ptattn.bench import findings, plots, report, results, tables, workloads
+from ptattn.bench.progress import Progress
+from ptattn.bench.results import COMPILED, EAGER, GRAPH, SKIPPED
+from ptattn.bench.workloads import Size
+from tests.support.measured import H200, WIDE, compared, result, timed
 
-TINY = ("pt-dit-s-class", "dit-s")
-SETTINGS = Settings(threads=1)
-
-
-class Silent:
-    """A progress that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.left: list[float] = []
-
-    def start(self, entry: Entry, left: float) -> None:
-        self.left.append(left)
-
-    def finish(self, entry: Entry, outcome: Outcome) -> None: ...
+# Findings.
 
 
-class InProcess:
-    """In place of the worker: every run takes a second, or what `seconds` says; no time passes."""
-
-    reusable = True
-    asked: ClassVar[list[Block]] = []
-
-    def __init__(self, settings: Settings, measure: object) -> None: ...
-
-    def measure(self, block: Block, share: float, limit: float) -> Measurement:
-        self.asked.append(block)
-        return Measurement((1.0, 1.0), 10**6)
-
-    def close(self) -> None: ...
+def sentences(speeds, *models):
+    return findings.sentences(result(*compared(speeds, *models), kind="compare"))
 
 
-@pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> type[InProcess]:
-    monkeypatch.setattr(runner, "Worker", InProcess)
-    monkeypatch.setattr(InProcess, "asked", [])
-    return InProcess
-
-
-def plan(*sides: int, models: tuple[str, ...] = TINY) -> list[Entry]:
-    return cases.plan(models, [Size(side) for side in sides])
-
-
-# Run by a child process, which imports them from here.
-def kill_dit(block: Block, settings: Settings, share: float) -> Measurement:
-    if block.family == "DiT":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return Measurement((0.001, 0.001), None)
-
-
-def raise_for_dit(block: Block, settings: Settings, share: float) -> Measurement:
-    if block.family == "DiT":
-        raise RuntimeError("no luck\nwith details")
-    return Measurement((0.001, 0.001), None)
-
-
-def never_end(block: Block, settings: Settings, share: float) -> Measurement:
-    time.sleep(600)
-    raise AssertionError
-
-
-def test_plan_puts_images_before_videos_and_keeps_the_models_order() -> None:
-    sizes = [Size(32, frames=4), Size(64), Size(32), Size(64)]
-    entries = cases.plan([*TINY, TINY[0]], sizes)
-    assert [str(entry.size) for entry in entries[::2]] == ["32 px", "64 px", "4×32 px"]
-    assert [entry.model for entry in entries] == list(TINY) * 3
-    assert [entry.block.grid for entry in entries[::2]] == [(1, 2, 2), (1, 4, 4), (4, 2, 2)]
-
-
-def test_models_with_one_block_are_measured_once(instant: type[InProcess]) -> None:
-    """At 1024 px the released model has the window that pt-dit-xl chooses; at 512 px it has not."""
-    entries = plan(512, 1024, models=("pt-dit-xl", "qihoo-t2i"))
-    assert entries[2].block == entries[3].block
-    result = runner.run(entries, SETTINGS, 1e9, Silent())
-    assert len(instant.asked) == len(set(instant.asked)) == 3
-    assert all(result.outcomes[entry.block].seconds for entry in entries)
-
-
-def test_what_exceeds_the_budget_is_skipped(instant: type[InProcess]) -> None:
-    entries = plan(32, 256)
-    progress = Silent()
-    result = runner.run(entries, SETTINGS, 30.0, progress)
-    small, large = entries[:2], entries[2:]
-    assert all(result.outcomes[entry.block].seconds == (1.0, 1.0) for entry in small)
-    for entry in large:
-        outcome = result.outcomes[entry.block]
-        assert not outcome.seconds
-        assert outcome.predicted is not None
-        least = worker.MIN_RUNS * outcome.predicted
-        assert outcome.skipped == f"predicted {least:.0f} s, 30 s of the budget left"
-    assert all(0 <= left <= 30 for left in progress.left)
-    assert progress.left[-1] > progress.left[0] == 0
-
-
-def test_what_exceeds_the_memory_is_skipped(
-    instant: type[InProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small, large = plan(32, 256, models=TINY[:1])
-    between = (small.block.memory(torch.bfloat16, "auto") + 10**6) * 1.0
-    monkeypatch.setattr(environment, "available_memory", lambda device: between)
-    result = runner.run([small, large], SETTINGS, 1e9, Silent())
-    assert result.outcomes[small.block].seconds
-    reason = result.outcomes[large.block].skipped
-    assert reason is not None
-    assert reason.startswith("needs about")
-    assert "GB available" in reason
-
-
-def test_the_reference_needs_memory_for_all_scores() -> None:
-    ours, theirs = plan(1024)
-    tokens, heads = 64 * 64, 6
-    assert theirs.block.memory(torch.bfloat16, "reference") > 4 * heads * tokens**2
-    assert theirs.block.memory(torch.bfloat16, "sdpa") < 4 * heads * tokens**2
-    assert ours.block.memory(torch.bfloat16, "reference") < 4 * heads * tokens**2
-
-
-@pytest.mark.parametrize("after", [0, 1])
-def test_interrupt_keeps_what_was_measured(
-    instant: type[InProcess], monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    def interrupt(self: InProcess, block: Block, share: float, limit: float) -> Measurement:
-        if len(self.asked) == after:
-            raise KeyboardInterrupt
-        return measure(self, block, share, limit)
-
-    measure = InProcess.measure
-    monkeypatch.setattr(InProcess, "measure", interrupt)
-    entries = plan(32, 64)
-    result = runner.run(entries, SETTINGS, 1e9, Silent())
-    assert result.interrupted
-    assert result.measured == bool(after)
-    outcomes = [result.outcomes[entry.block] for entry in entries]
-    assert [outcome.skipped for outcome in outcomes].count("interrupted") == 4 - after
-
-
-@pytest.mark.parametrize(
-    ("measure", "reason"),
-    [
-        (kill_dit, "the measuring process was ended by SIGKILL, most likely out of memory"),
-        (raise_for_dit, "RuntimeError: no luck"),
-    ],
-)
-def test_a_case_that_dies_costs_itself_alone(measure: worker.Measure, reason: str) -> None:
-    entries = plan(32)  # the case that dies comes first
-    result = runner.run(entries, SETTINGS, 1e9, Silent(), measure)
-    for entry in entries:
-        outcome = result.outcomes[entry.block]
-        if entry.is_proxy_tokenized:
-            assert outcome.seconds
-        else:
-            assert outcome.skipped == reason
-
-
-def test_a_case_that_hangs_is_stopped() -> None:
-    child = Worker(SETTINGS, never_end)
-    with pytest.raises(CaseError, match="stopped after 1 s"):
-        child.measure(plan(32)[0].block, share=1.0, limit=0.6)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("model", ["pt-dit-s-class", "dit-s", "pixart-alpha", "pt-dit-l"])
-def test_blocks_of_every_family_are_measured(model: str, backend: str) -> None:
-    (entry,) = cases.plan([model], [Size(32, frames=2)])
-    seen = worker.measure(entry.block, Settings(backend=backend, dtype="fp32"), share=0.0)
-    assert len(seen.seconds) == worker.MIN_RUNS
-    assert min(seen.seconds) > 0
-
-
-def test_peak_memory_is_what_the_call_needs() -> None:
-    size = 200 * 10**6
-    worker.watched(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    _, peak = worker.watched(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    if not worker._reset_peak():
-        pytest.skip("this system does not reset a process's peak of memory")
-    assert peak == pytest.approx(size, rel=0.05)
-
-
-def test_peak_memory_where_a_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repeated run once replaced the first one's peak by zero there."""
-    peaks = iter([100, 150, 150, 150])
-    monkeypatch.setattr(worker, "_reset_peak", lambda: False)
-    monkeypatch.setattr(worker, "_process_peak", lambda: next(peaks))
-    (entry, _) = plan(32)
-    assert worker.measure(entry.block, SETTINGS, share=0.0).peak == 50
-
-
-def test_an_idle_worker_that_dies_is_reported() -> None:
-    child = Worker(SETTINGS, never_end)
-    os.kill(child._process.pid or 0, signal.SIGKILL)
-    child._process.join()
-    with pytest.raises(CaseError, match="SIGKILL"):
-        child.measure(plan(32)[0].block, share=1.0, limit=60.0)
-
-
-def rows(speeds: dict[int, tuple[float, float]], models: tuple[str, str]) -> list[report.Row]:
-    """Rows of two models from the seconds of their blocks at every size."""
-    entries = plan(*speeds, models=models)
-    outcomes = {
-        entry.block: Outcome((speeds[entry.size.side][models.index(entry.model)],) * 2)
-        for entry in entries
-    }
-    return report.rows(entries, Result(outcomes))
-
-
-EQUAL_WIDTH = ("pt-dit-xl", "dit-xl")
-
-
-def test_findings_name_where_it_wins_and_where_it_loses() -> None:
-    table = rows({256: (2, 1), 512: (2, 2.5), 1024: (2, 5)}, EQUAL_WIDTH)
-    won, lost, counts = findings.sentences(table)
+def test_findings_name_where_it_wins_and_where_it_loses():
+    won, lost, counts = sentences({256: (2, 1), 512: (2, 2.5), 1024: (2, 5)}, *WIDE)
     assert won == (
         "On this machine, at equal width (D = 1152) PT-DiT/XL is faster than DiT/XL "
         "from 512 px (1,024 tokens) on (1.25× to 2.50×)."
@@ -237,121 +31,168 @@ def test_findings_name_where_it_wins_and_where_it_loses() -> None:
     assert "PT-DiT/XL at 1024 px takes 0.87× and 1.19× of DiT/XL's multiply-adds" in counts
 
 
-def test_findings_without_a_threshold() -> None:
-    slower = findings.sentences(rows({256: (2, 1), 512: (2, 1)}, EQUAL_WIDTH))
-    assert "slower than DiT/XL at every size measured" in slower[0]
-    faster = findings.sentences(rows({256: (1, 2), 512: (1, 2)}, EQUAL_WIDTH))
-    assert "faster than DiT/XL at every size measured (2.00×)" in faster[0]
-    assert not any("loses" in sentence for sentence in faster)
-    mixed = findings.sentences(rows({256: (1, 2), 512: (2, 1)}, EQUAL_WIDTH))
-    assert "faster than DiT/XL at 256 px (2.00×)" in mixed[0]
+@pytest.mark.parametrize(
+    ("speeds", "part"),
+    [
+        ({256: (2, 1), 512: (2, 1)}, "slower than DiT/XL at every size measured"),
+        ({256: (1, 2), 512: (1, 2)}, "faster than DiT/XL at every size measured (2.00×)"),
+        ({256: (1, 2), 512: (2, 1)}, "faster than DiT/XL at 256 px (2.00×)"),
+    ],
+)
+def test_findings_without_a_threshold(speeds, part):
+    won, *others = sentences(speeds, *WIDE)
+    assert part in won
+    assert any("loses" in sentence for sentence in others) == ("every" not in won or "slow" in won)
 
 
-def test_findings_at_equal_parameters() -> None:
-    won, *_ = findings.sentences(rows({256: (1, 2)}, ("pt-dit-l", "pixart-alpha")))
+def test_findings_at_equal_parameters():
+    won, *_ = sentences({256: (1, 2)}, "pt-dit-l", "pixart-alpha")
     assert "at equal parameters (within 10 %) PT-DiT/L is faster than PixArt-α at 256 px" in won
 
 
-def test_findings_say_nothing_of_what_was_not_measured() -> None:
-    entries = plan(256, 512, models=EQUAL_WIDTH)
-    skipped = Result({entry.block: Outcome(skipped="no time") for entry in entries})
-    (counts,) = findings.sentences(report.rows(entries, skipped))
+def test_findings_say_nothing_of_what_was_not_measured():
+    rows = [dataclasses.replace(row, timing=None) for row in compared({256: (1, 2)}, *WIDE)]
+    (counts,) = findings.sentences(result(*rows, kind="compare"))
     assert counts.startswith("The paper's count")
-    assert findings.sentences(report.rows(plan(256, models=("dit-xl",)), skipped)) == []
+    assert findings.sentences(result(*rows[1:], kind="compare")) == []
+    interpreted = result(*compared({256: (1, 2)}, *WIDE), kind="compare", backend="triton")
+    assert findings.sentences(interpreted)[0] == findings.INTERPRETED
 
 
-def full_report() -> report.Report:
-    """The default comparison with invented times; one case skipped."""
-    sizes = [Size(side) for side in cases.SIZES] + [Size(256, 48)]
-    entries = cases.plan(cases.MODELS, sizes)
-    outcomes = {
-        entry.block: Outcome((entry.cost / 1e11, entry.cost / 0.9e11), peak=10**8)
-        for entry in entries
-    }
-    outcomes[entries[-1].block] = Outcome(skipped="no time")
-    table = report.rows(entries, Result(outcomes))
-    return report.Report(
-        findings=findings.sentences(table),
-        environment=environment.describe(),
-        settings={**dataclasses.asdict(SETTINGS), "budget": 1.0},
-        command="ptattn compare",
-        date="2030-01-01T00:00:00+00:00",
-        seconds=1.0,
-        interrupted=False,
-        rows=table,
-    )
+# Tables and plots.
 
 
-def test_latency_crossover_is_between_the_sizes_that_enclose_it() -> None:
-    table = rows({256: (2, 1), 512: (2, 4), 1024: (2, 8)}, EQUAL_WIDTH)
-    ((side, seconds),) = plots._measured_crossovers(table, "PT-DiT/XL", "DiT/XL")
-    assert side == pytest.approx(256 * 2**0.5)
-    assert seconds == pytest.approx(2 * 28)
+def default():
+    """The default comparison with invented times; one workload skipped."""
+    costs = {}
+    for side in workloads.SIZES:
+        costs[side] = [e.cost / 1e11 for e in workloads.plan(workloads.MODELS, [Size(side)])]
+    rows = compared(costs, *workloads.MODELS)
+    rows[-1] = dataclasses.replace(rows[-1], timing=None, status=SKIPPED, note="no time")
+    return result(*rows, kind="compare")
+
+
+def shown(done, width):
+    text = io.StringIO()
+    tables.show(done, Console(file=text, width=width))
+    lines = text.getvalue().splitlines()[2:]  # below the title and the machine's line
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    return text.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_table_fits_the_terminal(width: int) -> None:
-    text = io.StringIO()
-    tables.show(full_report(), Console(file=text, width=width), "results/")
-    lines = text.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
-    assert not any("…" in line for line in lines)
-    assert any("PT-DiT/XL" in line and "×" in line for line in lines)
-    assert ("did not fit here" in text.getvalue()) == (width == 80)
-    assert ("All blocks" in text.getvalue()) == (width == 160)
+def test_table_fits_the_terminal(width):
+    text = shown(default(), width)
+    assert any("PT-DiT/XL" in line and "×" in line for line in text.splitlines())
+    assert ("All blocks" in text) == ("Parameters" in text) == (width == 160)
+    assert "PT-DiT/L skipped: block 2048 px b1 forward: no time" in text
 
 
-def test_json_round_trip_gives_the_same_report() -> None:
-    whole = full_report()
-    read = json.loads(whole.to_json())
-    assert read.pop("schema") == report.SCHEMA
-    read["rows"] = [report.Row(**row) for row in read["rows"]]
-    assert report.Report(**read) == whole
+def in_modes():
+    """On a GPU: eager, compiled, and as a graph; the baseline is never compiled."""
+    found = []
+    for row in compared({256: (4.0, 2.0), 512: (4.0, 8.0)}, *WIDE):
+        for mode, share in ((EAGER, 1), (COMPILED, 0.5), (GRAPH, 0.25)):
+            if mode != COMPILED or not row.baseline:
+                timing = timed(row.seconds * share).timing
+                found.append(dataclasses.replace(row, timing=timing, mode=mode))
+    return found
 
 
-def test_write_leaves_the_old_file_where_it_fails(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    files.write("old", path)
-    with pytest.raises(TypeError):
-        files.write(3, path)  # type: ignore[arg-type]
-    assert path.read_text() == "old"
-    files.write("new", path)
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
+def test_a_column_and_a_speed_up_for_every_mode():
+    written = tables.markdown(result(*in_modes())).splitlines()
+    titles, _, ours, theirs, *_ = (line.split(" | ") for line in written if line[:1] == "|")
+    first = titles.index("Eager")
+    assert titles[first:][:4] == ["Eager", "20–80 %", "Compiled", "CUDA graph"]
+    assert ours[first:][:4] == ["4.00 s", "3.96 s – 4.04 s", "2.00 s", "1.00 s"]
+    assert theirs[first + 2] == ""
+    assert ours[-1] == "0.50× / 0.50× |"  # eager, and as graphs
 
 
-@pytest.mark.parametrize(("ratio", "dtype"), [(0.5, "bf16"), (20, "fp32")])
-def test_dtype_is_the_one_that_multiplies_faster(
-    ratio: float, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clock that only products move: of one second in fp32, of `ratio` in bf16."""
-    now = 0.0
-
-    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
-        nonlocal now
-        now += ratio if x.dtype == torch.bfloat16 else 1.0
-
-    monkeypatch.setattr(environment.F, "linear", linear)
-    monkeypatch.setattr(environment.time, "perf_counter", lambda: now)
-    options = argparse.Namespace(device="cpu", dtype="auto", backend="auto", threads=None)
-    assert settings_of(options).dtype == dtype
-    assert environment.bf16_is_fast("cuda")
+@pytest.mark.parametrize("width", [80, 160])
+def test_tables_of_a_gpu_fit_the_terminal(width):
+    done = results.load(H200 / "block.json")
+    blocks = [row for row in done.rows if row.timing]
+    modes = (EAGER, COMPILED, GRAPH)
+    done.rows = [dataclasses.replace(row, mode=mode) for row in blocks for mode in modes]
+    done.rows += results.load(H200 / "ops.json").rows[:100]
+    text = shown(done, width)
+    for part in ("PT-DiT/XL", "roll-and-mask", "CUDA graph", "norm-pool XL"):
+        assert part in text
 
 
-def test_environment() -> None:
-    known = environment.describe()
-    assert known["torch"] == torch.__version__
-    assert known["cores"] >= 1
-    json.dumps(known)
-    available, total = environment.available_memory(), environment.total_memory()
-    assert available is None or total is None or 0 < available <= total
+def pixels(png):
+    picture = image.imread(io.BytesIO(png))
+    dark = (picture[..., :3].min(axis=-1) < 0.9).mean()
+    assert 0.005 < dark < 0.5  # neither empty nor black
+    return picture.shape[:2]
 
 
-def test_commit_is_that_of_the_package_own_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An environment inside somebody else's checkout once reported that one's commit."""
-    monkeypatch.setattr(environment, "PACKAGE", Path(__file__).parent / "ptattn")
-    assert environment.commit() is None
-    monkeypatch.setattr(environment, "PACKAGE", tmp_path)
-    assert environment.commit() is None
+def test_plots_of_a_comparison():
+    drawn = {name: png for _, name, png in plots.draw(default())}
+    assert list(drawn) == ["gflops.png", "latency.png"]
+    assert all(pixels(png)[0] > 700 for png in drawn.values())
+
+
+def test_plots_show_graphs_where_there_are_some():
+    for mode, seconds in ((None, 28.0), (EAGER, 112.0)):  # of 28 blocks
+        points = plots._points(in_modes(), "PT-DiT/XL", mode)
+        assert points == [(256, seconds), (1024, seconds)]
+    ((_, name, png),) = plots.draw(result(*in_modes()))
+    assert name == "block.png"
+    pixels(png)
+    assert plots.draw(result(*in_modes()[:5])) == []  # of one size no line can be drawn
+
+
+def test_crossover_is_between_the_sizes_that_enclose_it():
+    ((tokens, seconds),) = plots._crossings([(256, 2.0), (1024, 4.0)], [(256, 1.0), (1024, 8.0)])
+    assert (tokens, seconds) == (512, pytest.approx(8**0.5))
+
+
+# Files.
+
+
+def carry_out(out, *found, stop=False):
+    def rows():
+        yield from found
+        if stop:
+            raise KeyboardInterrupt
+
+    return report.carry_out(result(kind="compare"), rows(), out, Progress(len(found)))
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, capsys):
+    (tmp_path / "latency.png").write_text("of another run")
+    measured = compared({64: (1.0, 2.0)}, *WIDE)
+    assert carry_out(tmp_path, measured, stop=True) == 130
+    assert "(interrupted)" in capsys.readouterr().out
+    # A plot that would contradict the table is gone.
+    assert set(os.listdir(tmp_path)) == {"compare.json", "compare.md", "gflops.png"}
+
+
+@pytest.mark.parametrize("every", [report.WRITE_EVERY, 0.0])
+def test_before_the_first_time_an_interrupted_run_leaves_old_files_alone(
+    every, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report, "WRITE_EVERY", every)
+    (tmp_path / "compare.json").write_text("mine")
+    rows = compared({64: (1, 2)}, *WIDE)
+    skipped = [dataclasses.replace(row, timing=None, peak=None) for row in rows]
+    assert carry_out(tmp_path, skipped, stop=True) == 130
+    assert os.listdir(tmp_path) == ["compare.json"]
+    assert (tmp_path / "compare.json").read_text() == "mine"
+
+
+def test_files_are_written_on_the_way(tmp_path, monkeypatch):
+    """So that a run that is killed leaves some."""
+    monkeypatch.setattr(report, "WRITE_EVERY", 0.0)
+    seen = []
+
+    class Looking(Progress):
+        def finish(self, rows):
+            seen.append((tmp_path / "compare.json").exists())
+
+    rows = [[row] for row in compared({64: (1.0, 2.0)}, *WIDE)]
+    assert report.carry_out(result(kind="compare"), rows, tmp_path, Looking(2)) == 0
+    assert seen == [False, True]

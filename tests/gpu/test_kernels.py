@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ptattn
-from ptattn.bench import op_cases, op_parity
+from ptattn.bench import op_gate, op_workloads
 from ptattn.packed import unpacked
 from tests.support.cases import GRIDS, HEAD_DIMS, LAYOUTS
 from tests.support.checks import dense, each, means, tokens_of, windows
@@ -46,7 +46,7 @@ WINDOWS = {
     "video": ((7, 9, 11), (4, 4, 4), (2, 2, 2)),
 }
 KEYS = (7, 64, 65, 128, 129, 300, 768)
-# Of the kernel for few keys, whose backward turns its tiles from 65 on, and of the one that loops.
+# Of the kernel for few keys, whose backward has larger tiles from 65 on, and of the one that loops.
 LENGTHS = ((100, 50), (100, 70), (100, 200))
 MEANS = {
     "image": ((16, 16), (4, 4)),
@@ -186,19 +186,19 @@ def test_means(op, case, channels, dtype):
 
 
 @pytest.mark.parametrize("grid", [(1, 64, 64), (12, 32, 32)], ids=["1024px", "video"])
-@pytest.mark.parametrize("op", op_cases.OPS)
+@pytest.mark.parametrize("op", op_workloads.OPS)
 def test_paper_shapes(op, grid):
     """PT-DiT/XL, against the formula in float64, of which the benchmark's gate is made."""
     window = ptattn.geometry.default_window(grid)
-    case = op_cases.Case(op, "XL", "paper", grid, window, heads=16, head_dim=72, batch=2)
-    op_parity.check(case, case.inputs(DEVICE))
+    case = op_workloads.Operation(op, "XL", "paper", grid, window, heads=16, head_dim=72, batch=2)
+    op_gate.check(case, case.inputs(DEVICE))
 
 
 @each("window", [(1, 16, 16), (4, 16, 16)])
 def test_windows_of_large_images(window):
     grid = (window[0], 128, 128)
-    case = op_cases.Case("shifted", "XL", "paper", grid, window, heads=4, head_dim=72)
-    op_parity.check(case, case.inputs(DEVICE))
+    case = op_workloads.Operation("shifted", "XL", "paper", grid, window, heads=4, head_dim=72)
+    op_gate.check(case, case.inputs(DEVICE))
 
 
 # Exact products. Wrong machine code for one tile size shows here, as no rounding hides it.

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ptattn
 from ptattn import backends
-from ptattn.bench import op_cases, op_parity
+from ptattn.bench import op_gate, op_workloads
 from tests.models.test_models import small
 from tests.support import gpu as gpu_support
 from tests.support.gpu import attention, bf16, needs_gpu, normal, same_bits, with_gradients
@@ -152,8 +152,10 @@ def test_means_past_2_31_elements(long_video, function):
     ],
 )
 def test_70000_batches_and_heads(op, grid, window):
-    case = op_cases.Case(op, "many", "samples", grid, window, heads=16, head_dim=16, batch=4375)
-    op_parity.check(case, case.inputs("cuda"))
+    case = op_workloads.Operation(
+        op, "many", "samples", grid, window, heads=16, head_dim=16, batch=4375
+    )
+    op_gate.check(case, case.inputs("cuda"))
 
 
 # Streams, graphs, devices.

@@ -201,6 +201,21 @@ def test_one_program_per_multiprocessor_is_excused_by_name(monkeypatch):
     assert "per multiprocessor" in aot.failures(built)[0]
 
 
+def test_a_spill_is_excused_by_name_up_to_its_bytes(monkeypatch):
+    def failed(spilled, arch="sm90"):
+        built = spilling(spilled=spilled, stack=8)
+        return aot.failures(
+            row(built, arch, "window_backward" if arch == "sm90" else "flash_forward")
+        )
+
+    monkeypatch.setattr(checks, "SPILLS", {r"D72 (window_back|flash_for)": (40, "a reason")})
+    assert failed(40) == []
+    assert "spills 44 bytes" in failed(44)[0]
+    assert "spills 40 bytes" in failed(40, "sm80")[0]
+    monkeypatch.setattr(checks, "SPILLS", {r"D128 window_back": (40, "a reason")})
+    assert "spills 40 bytes" in failed(40)[0]
+
+
 def test_instructions_per_block_count_all_warps():
     code = Code(Part(50, 100, 0, 0), Part(300, 900, 0, 0), unrolled=2)
     built = replace(row(replace(GOOD, code=code)), timings=(timing(),), warps=8)

@@ -72,10 +72,11 @@ def video_vae():
     ).eval()
 
 
-def pipeline(**components):
+def pipeline(clean_caption=False, **components):
     made = dict(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer)
     made |= dict(vae=image_vae, scheduler=FLOW.scheduler)
-    pipe = PTDiTPipeline(**{name: components.get(name) or make() for name, make in made.items()})
+    parts = {name: components.get(name) or make() for name, make in made.items()}
+    pipe = PTDiTPipeline(**parts, clean_caption=clean_caption)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -20,6 +20,7 @@ SOURCES: dict[str, Callable[[Config], Dataset]] = {
     "views": meshes.views,
     "images": folders.images,
     "videos": folders.videos,
+    "latents": folders.latents,
 }
 
 

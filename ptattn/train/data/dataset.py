@@ -21,7 +21,7 @@ class Dataset:
     Args:
         conditions: of every example, its label, its caption, or several captions, one of which is
             drawn each time.
-        pixels: index to uint8 (C, H, W) or (C, F, H, W).
+        pixels: index to uint8 (C, H, W) or (C, F, H, W), or to latents as float32.
         classes: the labels' names; none where conditions are captions.
         skipped: files that cannot be used, with the reason.
         notes: what else there is to know of the files, a line each.

@@ -6,7 +6,7 @@ import os
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,11 @@ import torch
 from PIL import PngImagePlugin
 from torch import Tensor
 
+from ...files import read_tensors
 from ..config import Config
 from . import captions
 from .dataset import Condition, Dataset, need
-from .pixels import VIDEOS, UnusableError, image_suffixes, read_image, read_video
+from .pixels import VIDEOS, UnusableError, image_suffixes, read_image, read_video, reading
 from .walk import Walk, walk
 
 
@@ -40,6 +41,27 @@ def images(config: Config) -> Dataset:
 
     def read(path: Path) -> Tensor:
         return read_image(path, config.model.in_channels, config.data.size)
+
+    return _checked(files, read)
+
+
+def latents(config: Config) -> Dataset:
+    """What `ptattn encode` has written."""
+
+    def read(path: Path) -> Tensor:
+        with reading(path):
+            found = read_tensors(path).get("latents", torch.empty(0))
+            if found.shape != config.shape or not found.is_floating_point():
+                raise ValueError(
+                    f"must hold latents {config.shape}; got {found.dtype} {tuple(found.shape)}"
+                )
+            return found.float()
+
+    return _checked(find(config, frozenset({".safetensors"})), read)
+
+
+def _checked(files: Files, read: Callable[[Path], Tensor]) -> Dataset:
+    """The examples that can be read now, to be read again when they are used."""
 
     def problem(path: Path) -> str | None:
         try:

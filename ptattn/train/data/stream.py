@@ -20,7 +20,7 @@ from .conditions import Conditions
 from .dataset import Condition, Dataset
 
 Batch = dict[str, Tensor]
-ORDER, EXAMPLE, PICTURE, CAPTION = range(4)  # what random numbers are for
+ORDER, EXAMPLE, PICTURE, CAPTION, LATENT = range(5)  # what random numbers are for
 
 
 def generator(*key: int) -> torch.Generator:
@@ -79,8 +79,8 @@ def batches(
 ) -> Iterator[Batch]:
     """This process's part of every batch from step `start` on, one per accumulated part.
 
-    A batch holds pixels uint8 (b, C, [F,] H, W), noise like it, timestep (b,) and the model's
-    arguments.
+    A batch holds pixels uint8 (b, C, [F,] H, W), or latents as float32, noise like it, timestep
+    (b,) and the model's arguments.
 
     Raises:
         ValueError: a batch that processes · accumulation does not divide, or workers where there

@@ -1,0 +1,176 @@
+"""One workload after another: time limits, memory, what dies or hangs, Ctrl-C."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from ptattn.bench import harness, isolation
+from ptattn.bench.clocks import WallClock
+from ptattn.bench.harness import Isolated, Pace
+from ptattn.bench.results import ERROR, NOT_REACHED, OK, SKIPPED
+from ptattn.bench.workloads import Settings
+from tests.support.measured import Watch, bench, timed, workload
+
+DEADLY = {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL), "hangs": lambda: time.sleep(600)}
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A workload that takes a second for each of `cost`, or ends otherwise; no time passes."""
+
+    name: str = "fine"
+    cost: float = 1.0
+    memory: int = 0
+    family: str = "fake"
+    checks: int = 0
+
+    def __str__(self):
+        return self.name
+
+    def measure(self, bench):
+        if self.name == "errs":
+            raise RuntimeError("no luck\nwith details")
+        if self.name == "interrupted":
+            raise KeyboardInterrupt
+        DEADLY.get(self.name, bool)()
+        return [timed(self.cost, workload=self.name)]
+
+    def blank(self, status, note=""):
+        row = timed(self.cost, workload=self.name, status=status, note=note)
+        return [dataclasses.replace(row, timing=None)]
+
+
+def measure(*workloads, run=None, **known):
+    found = harness.measure(workloads, bench(**known), Watch(), run)
+    return [row for rows in found for row in rows]
+
+
+# Time.
+
+
+def in_seconds(seconds):
+    return time.monotonic() + seconds
+
+
+def test_what_would_end_after_the_deadline_is_not_begun():
+    costs = map(Fake, ("fine",) * 3, (1.0, 100.0, 2.0))
+    rows = measure(*costs, deadline=in_seconds(30.5), calls=(2, 20))
+    assert [row.status for row in rows] == [OK, NOT_REACHED, OK]  # a later one may fit
+    assert rows[1].note == "predicted 200 s, 30 s of it left"
+    rows = measure(Fake(), Fake(), deadline=in_seconds(-1.0))
+    assert [(row.status, row.note) for row in rows] == [(NOT_REACHED, "the budget is used up")] * 2
+
+
+def test_the_pace_is_that_of_the_family_s_last_workload():
+    pace, known = Pace(), bench(calls=(5, 100))
+    assert pace.expected(Fake(), known) == 0.0  # of the first nothing is known
+    pace.learn(Fake(cost=2.0), [timed(0.01), timed(0.03)])
+    assert pace.expected(Fake(cost=4.0), known) == pytest.approx(5 * 0.08)
+    assert pace.expected(Fake(cost=4.0, checks=6), known) == pytest.approx(11 * 0.08)
+    assert pace.expected(Fake(cost=100.0), known) == pytest.approx(3 * 2.0)  # long: fewer calls
+    filled = dataclasses.replace(known, seconds=3.0)
+    assert pace.expected(Fake(cost=4.0), filled) == pytest.approx(3.0)  # calls to fill the time
+    other = Fake(family="other")
+    assert pace.expected(other, known) == pytest.approx(5 * 0.02)  # for want of its own
+    pace.learn(other, [timed(1.0)])
+    pace.learn(other, Fake().blank(ERROR))  # of what did not run nothing is learnt
+    assert pace.expected(Fake(), known) == pytest.approx(5 * 0.02)
+    assert pace.expected(other, known) == pytest.approx(5.0)
+    assert pace.expected(object(), known) == 0.0  # operations have no cost
+
+
+def test_the_time_left_is_that_of_all_that_follow():
+    watch = Watch()
+    list(harness.measure([Fake(), Fake(), Fake(cost=2.0)], bench(calls=(1, 1)), watch))
+    assert watch.left == [0.0, 3.0, 2.0]
+    list(harness.measure([Fake(), Fake()], bench(deadline=in_seconds(0.5)), watch))
+    assert watch.left[-1] <= 0.5
+
+
+# Memory and errors.
+
+
+def test_what_exceeds_the_memory_is_skipped():
+    small, large = (workload("block", "forward", "dit-s", side=side) for side in (32, 1024))
+    between = (small.memory + large.memory) // 2
+    rows = measure(small, large, free_memory=lambda device: between)
+    assert rows[0].timing
+    assert rows[-1].status == SKIPPED
+    needed, there = large.memory / 1e9, between / 1e9
+    assert rows[-1].note == f"needs about {needed:.3g} GB of memory, {there:.3g} GB available"
+
+
+def test_what_runs_out_of_memory_or_errs_costs_itself_alone(monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("tried to allocate\nso much")
+
+    monkeypatch.setitem(DEADLY, "grows", full)
+    rows = measure(Fake("errs"), Fake("grows"), Fake())
+    assert [(row.status, row.note) for row in rows] == [
+        (ERROR, "RuntimeError: no luck"),
+        (SKIPPED, "out of memory: OutOfMemoryError: tried to allocate"),
+        (OK, ""),
+    ]
+
+
+def test_any_number_of_workloads_compiles():
+    """Three implementations of each share their code, of which torch keeps few graphs."""
+
+    class Compiling(Fake):
+        def measure(self, bench):
+            for times in range(3):
+                call = torch.compile(partial(torch.mul, times), backend="eager", fullgraph=True)
+                call(torch.ones(int(self.cost)))
+            return super().measure(bench)
+
+    rows = measure(*(Compiling(cost=size) for size in range(1, 5)), compiled=True)
+    assert [(row.status, row.note) for row in rows] == [(OK, "")] * 4
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_interrupt_names_what_it_kept_from_being_measured(after):
+    found = []
+    workloads = [Fake()] * after + [Fake("interrupted"), Fake()]
+    measuring = harness.measure(workloads, bench(), Watch())
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(row for rows in measuring for row in rows)
+    assert [row.status for row in found] == [OK] * after + [NOT_REACHED] * 2
+    assert {row.note for row in found[after:]} == {"interrupted"}
+
+
+# A child process.
+
+
+@pytest.fixture
+def isolated(monkeypatch):
+    """A child by fork, which starts at once; `ptattn compare` starts it afresh (test_cli)."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(isolation.multiprocessing, "get_context", lambda how: fork)
+    monkeypatch.setattr(harness, "GRACE", 0.3)
+    found = Isolated(Settings(threads=1), lambda settings: bench(clock=WallClock()))
+    yield found
+    found.close()
+
+
+def test_what_dies_costs_itself_alone(isolated):
+    rows = measure(Fake("dies"), Fake(), Fake("errs"), Fake(), run=isolated)
+    assert [row.status for row in rows] == [SKIPPED, OK, ERROR, OK]
+    killed = "the measuring process was ended by SIGKILL, most likely out of memory"
+    assert (rows[0].note, rows[2].note) == (killed, "RuntimeError: no luck")
+    idle = isolated.start()._process
+    idle.kill()
+    idle.join()
+    rows = measure(Fake(), Fake(), run=isolated)
+    assert [(row.status, row.note) for row in rows] == [(SKIPPED, killed), (OK, "")]
+
+
+def test_what_hangs_is_stopped(isolated):
+    rows = measure(Fake("hangs"), Fake(cost=0.0), run=isolated, deadline=in_seconds(0.2))
+    assert (rows[0].status, rows[0].note) == (SKIPPED, "stopped after 0 s")

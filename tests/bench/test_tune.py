@@ -1,0 +1,130 @@
+"""`python -m benchmarks.tune` and the file of its user: what is tried, kept, written and read."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import tune
+from ptattn.kernels import configs
+from tests.bench.test_operations import falsify, tiny
+from tests.support.measured import FakeClock
+
+
+@pytest.fixture
+def job(monkeypatch):
+    bounds = (("max_bytes", 2), ("max_channels", 96))
+    job = tune.Job("window_forward", bounds, (tiny("window", grid=(1, 2, 5), heads=1, batch=1),))
+    few = tune.candidates(job.kernel)[:3]
+    monkeypatch.setattr(tune, "jobs", lambda: [job])
+    monkeypatch.setattr(tune, "candidates", lambda kernel: few)
+    return job
+
+
+@pytest.fixture
+def fresh():
+    """The table is read once in a process: read it anew, and anew afterwards."""
+    configs.table.cache_clear()
+    configs.find.cache_clear()
+    yield
+    configs.table.cache_clear()
+    configs.find.cache_clear()
+
+
+def search(job, path, *seconds, left=60.0):
+    clock = FakeClock(*seconds)
+    assert tune.search([job], "cpu", clock, "cpu", time.monotonic() + left, path) == 0
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_user_s_file_gets_the_fastest_and_comes_first(job, tmp_path, monkeypatch):
+    path, before = tmp_path / "mine.json", configs.PATH.read_text()
+    search(job, path, 4.0, 4.0, 3.0, 3.0, 1.0, 1.0)
+    assert configs.PATH.read_text() == before
+    winner = tune.candidates("window_forward")[2]
+    written = json.loads(path.read_text())
+    assert list(written) == ["cpu"]  # nothing but the machine's own
+    mine, *rest = written["cpu"]["window_forward"]
+    assert mine == dict(job.bounds) | winner
+    assert rest == json.loads(before)["default"]["window_forward"]
+
+    sizes = dict(bytes=2, channels=96, keys=64)
+    default = configs.find("window_forward", "cpu", **sizes)
+    monkeypatch.setenv("PTATTN_CONFIGS", str(path))
+    configs.table.cache_clear()
+    configs.find.cache_clear()
+    assert configs.find("window_forward", "cpu", **sizes) == configs.Config(**winner) != default
+    assert configs.table()["default"] == json.loads(before)["default"]
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("content", ["no json", "[]", None])
+def test_a_user_s_file_that_cannot_be_read_is_named(content, tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("PTATTN_CONFIGS", str(path))
+    with pytest.raises(ValueError, match=r"PTATTN_CONFIGS names .*mine.json, which cannot be read"):
+        configs.find("window_forward", "cpu", bytes=2)
+
+
+def test_the_table_of_the_package_keeps_its_default(job, tmp_path, monkeypatch):
+    path = tmp_path / "configs.json"
+    tune.write(path, configs.table())
+    monkeypatch.setattr(configs, "PATH", path)
+    before = json.loads(path.read_text())
+    assert before == configs.table()  # as it is laid out
+    search(job, path)  # all as fast as the default
+    assert json.loads(path.read_text()) == before
+    search(job, path, 4.0, 4.0, 1.0, 1.0)
+    after = json.loads(path.read_text())
+    assert after.keys() - before.keys() <= {"cpu"}
+    assert after["default"] == before["default"]
+    assert tune.present(after, "cpu", job) == tune.candidates("window_forward")[1]
+
+
+def test_tuning_stops_at_its_deadline(job, tmp_path, capsys):
+    search(job, tmp_path / "mine.json", left=-1.0)
+    assert capsys.readouterr().out == "not reached: window_forward max_bytes=2 max_channels=96\n"
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_tuning_rejects_wrong_results(job, monkeypatch):
+    falsify(monkeypatch, "out")
+    first = tune.present(configs.table(), "cpu", job)
+    best, seen = tune.try_job(job, first, "cpu", FakeClock(), "cpu", 0.0)
+    assert best == first
+    assert "WrongError: out" in seen
+
+
+def test_a_setting_holds_only_while_it_is_tried():
+    table, found = json.dumps(configs.table()), configs.find("window_forward", "cpu", bytes=2)
+    with tune.setting("cpu", "window_forward", dict(rows=128, warps=8)):
+        assert configs.find("window_forward", "cpu", bytes=2) == configs.Config(8, rows=128)
+    assert configs.find("window_forward", "cpu", bytes=2) == found
+    assert {"cpu": {}} | configs.table() == {"cpu": {}} | json.loads(table)
+
+
+def test_tuning_covers_every_kernel_of_the_table():
+    jobs = tune.jobs()
+    assert {job.kernel for job in jobs} == set(configs.table()["default"])
+    for job in jobs:
+        assert tune.present(configs.table(), "cpu", job)
+        assert all(configs.Config(**entry) for entry in tune.candidates(job.kernel))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--only", "nothing"], "no job matches 'nothing'"),
+        (["--only", "("], "regular expression"),
+        (["--write", "mine.json"], "needs a CUDA GPU"),
+    ],
+)
+def test_arguments_of_tuning(arguments, part, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        tune.main(arguments)
+    assert exit.value.code == 2
+    assert part in capsys.readouterr().err
