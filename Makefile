@@ -11,7 +11,7 @@ TORCHES ?= 2.9.1 2.11.0 2.14.1
 PYTEST_CPU = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 2
 
 .DEFAULT_GOAL := help
-.PHONY: help compare demo test test-full test-gpu torch-matrix mutants bench lint wheel clean
+.PHONY: help compare demo test test-full test-gpu torch-matrix mutants bench lint docs wheel clean
 # Two installs into one environment must not run at once.
 .NOTPARALLEL:
 
@@ -47,10 +47,13 @@ lint: $(VENV)/.stamp-lint-test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.stamp-docs ## the documentation as a site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f docs/site/mkdocs.yml
+
 wheel: $(VENV)/.stamp-venv ## build the wheel into dist/
-	rm -rf build  # setuptools would pack files deleted since the last build
+	rm -rf build/lib build/bdist*  # setuptools would pack files deleted since the last build
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
-	@rm -rf build; ls dist/*.whl
+	@rm -rf build/lib build/bdist*; ls dist/*.whl
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
