@@ -153,6 +153,14 @@ def checkpointed(mesh: Any, **options: Any) -> dict[str, float]:
     return differences(measured(split_tokens(made, mesh), **inputs("video", torch.float64)), gold)
 
 
+def on_backend(mesh: Any, backend: str) -> dict[str, float]:
+    config = ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT)
+    made = randomized(PTDiT(config, backend=backend)).double()
+    given = inputs("two-axes", torch.float64)
+    gold = measured(made, **given)
+    return differences(measured(split_tokens(made, mesh), **given), gold)
+
+
 def fused(mesh: Any) -> dict[str, float]:
     made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
     gold = measured(made, **given)

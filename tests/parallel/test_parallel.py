@@ -64,6 +64,13 @@ def test_a_split_combined(ranks, name):
     assert_close([{name: found} for found in ranks.all(partial(function, **options))])
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.long)])
+def test_every_backend(two, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    assert_close([{backend: found} for found in two.all(cases.on_backend, backend)])
+
+
 def test_autocast(ranks):
     """In bfloat16, whose rounding error is 0.004."""
     assert_close([{"autocast": found} for found in ranks.all(cases.in_autocast)], 0.01)
