@@ -70,7 +70,7 @@ setup(
         ],
         "matrix": TEST,  # whatever torch
         "lint": ["ruff", "mypy", "pre-commit"],
-        "docs": ["mkdocs-material<10", "mkdocstrings[python]"],
+        "docs": ["mkdocs-material<10", "mkdocstrings[python]", "ruff"],
     },
     entry_points={"console_scripts": ["ptattn = ptattn.cli:main"]},
 )

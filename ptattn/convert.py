@@ -29,7 +29,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("target", metavar="DST", type=Path, help="folder or file; nothing may be there yet")
     add("--config", metavar="JSON", type=Path,
         help="of the released file: the release's inference configuration, or what the way back "
-        f"writes (default: SRC with the ending .json, else the sizes of {RELEASED})")  # fmt: skip
+        f"writes (default: SRC with the ending .json, else the sizes of {RELEASED}; with --vae the "
+        "config.json beside SRC, else the published sizes)")  # fmt: skip
     add("--key", help="of the weights, where the released file holds several sets, such as ema")
     add("--vae", action="store_true",
         help="the autoencoder; of several sets of weights, averaged ones come first")  # fmt: skip

@@ -57,7 +57,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         op: the name of an operation, such as "window_attention".
         *args, **kwargs: what the operation would be called with, but for a backend.
 
-    Example:
+    Examples:
         >>> print(explain("window_mean", torch.randn(1, 64, 32), (8, 8), (4, 4)))
         window_mean: auto takes sdpa
           reference: can run

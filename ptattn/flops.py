@@ -88,7 +88,7 @@ def count(
     Raises:
         ValueError: naming what it got and what was expected.
 
-    Example:
+    Examples:
         >>> round(count("pt-dit-xl", 1024).total / 1e9)  # GFLOPs, as papers call them
         3453
     """
@@ -133,7 +133,7 @@ def attention_ratio(grid: Sequence[int], window: Sequence[int]) -> float:
         grid: (f, h, w) or (h, w) tokens.
         window: (pf, ph, pw) or (ph, pw) tokens.
 
-    Example:
+    Examples:
         >>> attention_ratio((16, 16), (2, 2))
         0.34375
     """
@@ -159,7 +159,7 @@ def crossover(
     Raises:
         ValueError: as `count`.
 
-    Example:
+    Examples:
         >>> crossover("pt-dit-xl", "pixart-alpha")  # 70 x 70 tokens, 1120 x 1120 pixels
         4900
     """

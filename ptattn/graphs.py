@@ -48,7 +48,7 @@ def graphed(model: nn.Module, *, max_graphs: int = 8) -> Any:
         ValueError: max_graphs not positive.
         TypeError: no module, or one that is graphed already.
 
-    Example:
+    Examples:
         >>> fast = ptattn.graphed(model.eval().cuda())
         >>> with torch.no_grad():
         ...     velocity = fast(latents, timestep, caption)

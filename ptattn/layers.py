@@ -189,7 +189,7 @@ class GlobalInteraction(nn.Module):
     Raises:
         ValueError: dim not a multiple of num_heads, an unknown backend.
 
-    Example:
+    Examples:
         >>> half = GlobalInteraction(64, num_heads=4)
         >>> half(torch.randn(2, 384, 64), WindowGrid((16, 24), (4, 4))).shape
         torch.Size([2, 384, 64])
@@ -261,7 +261,7 @@ class TextureComplement(nn.Module):
     Raises:
         ValueError: as GlobalInteraction.
 
-    Example:
+    Examples:
         >>> half = TextureComplement(64, num_heads=4)
         >>> half(torch.randn(2, 384, 64), WindowGrid((16, 24), (4, 4))).shape
         torch.Size([2, 384, 64])

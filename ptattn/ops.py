@@ -47,7 +47,7 @@ def window_mean(
         TypeError, ValueError: naming the argument, what it got and what was expected.
         RuntimeError: the named backend cannot run here.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 64, 32)  # 8 x 8 tokens
         >>> window_mean(x, grid=(8, 8), window=(4, 4)).shape
         torch.Size([2, 4, 32])

@@ -41,7 +41,7 @@ class ProxyAttention(nn.Module):
         ValueError: dim not a multiple of num_heads, a window or grid that is not positive integers,
             an unknown backend.
 
-    Example:
+    Examples:
         >>> attn = ProxyAttention(64, num_heads=4, window=(4, 4))
         >>> attn(torch.randn(2, 16, 24, 64)).shape
         torch.Size([2, 16, 24, 64])
@@ -146,7 +146,7 @@ class ProxyAttention(nn.Module):
         Raises:
             ValueError: a window or grid that is not positive integers.
 
-        Example:
+        Examples:
             >>> from timm.models.vision_transformer import VisionTransformer
             >>> attn = ProxyAttention.for_grid((14, 14), window=(7, 7))
             >>> VisionTransformer(attn_layer=attn, class_token=False, global_pool="avg")

@@ -68,7 +68,7 @@ def replace_attention(
             is none; tokens before the grid (class, register); no grid to be found. The model is
             then as it was.
 
-    Example:
+    Examples:
         >>> model = PixArtTransformer2DModel.from_pretrained(path)
         >>> print(ptattn.replace_attention(model, window=(8, 8)))
         replaced: transformer_blocks.0.attn1 ... transformer_blocks.27.attn1 (28)

@@ -97,7 +97,7 @@ def load_replaced(model: type[Model] | Model, folder: str | Path) -> Model:
             was replaced; a file that `save_replaced` has not written so. It is then as it was.
         ImportError: no safetensors (`pip install ptattn[hub]`).
 
-    Example:
+    Examples:
         >>> ptattn.save_replaced(model, "folder")
         >>> model = ptattn.load_replaced(PixArtTransformer2DModel, "folder")
     """

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from ptattn.backends.triton import INTERPRETED
-from ptattn.bench import harness
+from ptattn.bench import compare, harness
 from ptattn.bench.harness import Bench, Isolated, Workload, run_here
+from ptattn.bench.isolation import WorkerError
 from ptattn.bench.results import Row
 from ptattn.cli import main
 
@@ -151,6 +153,7 @@ def test_compare_on_the_kernels(
 ) -> None:
     """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
     monkeypatch.setattr(harness, "Isolated", Here)
+    monkeypatch.setattr(compare, "SHARE", 1e-6)  # no more calls than must be
     sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "100"]
     arguments = ["compare", *MODELS, *sizes, "--device", "cpu", "--backend", "triton"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
@@ -175,6 +178,16 @@ def test_what_cannot_run_here_is_named(
         assert main([*TINY, *arguments, "--out", str(tmp_path / "out")]) == 2
         assert part in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_child_that_does_not_start_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    why = WorkerError("the measuring process was ended by SIGKILL, most likely out of memory")
+    monkeypatch.setattr(harness, "Worker", mock.Mock(side_effect=why))
+    assert main([*TINY, "none", "--out", str(tmp_path)]) == 2
+    assert f"ptattn compare: error: {why}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])

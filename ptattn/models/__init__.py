@@ -57,7 +57,7 @@ def create_model(name: str, *, backend: str = "auto", **overrides: Any) -> nn.Mo
     Raises:
         ValueError: an unknown name or field, or a value that the model cannot have.
 
-    Example:
+    Examples:
         >>> model = create_model("pt-dit-b", depth=2)
     """
     family, config = find_model(name)

@@ -275,7 +275,7 @@ class Captioned(Configured):
             TypeError, ValueError: as `forward`.
             RuntimeError: a model for classes, or with weights sharded or offloaded block by block.
 
-        Example:
+        Examples:
             >>> text = model.prepare_caption(caption, caption_mask)
             >>> out = model(latents, timestep, text)
         """

@@ -74,7 +74,7 @@ def fuse(model: Model) -> Model:
         RuntimeError: fused already, or with layers that do more than their weights say, such as
             LoRA's, or whose weights are quantized. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> model = ptattn.fuse(ptattn.models.create_model("pt-dit-xl"))
     """
     if any(type(module) in _PLAIN for module in model.modules()):

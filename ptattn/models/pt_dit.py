@@ -82,7 +82,7 @@ class PTDiT(Captioned, nn.Module):
         config: sizes, windows and kind of condition.
         backend: of every attention, "auto", "reference", "sdpa" or "triton".
 
-    Example:
+    Examples:
         >>> model = create_model("pt-dit-s-class")
         >>> latents, t = torch.randn(2, 4, 32, 48), torch.tensor([10, 500])
         >>> model(latents, t, labels=torch.tensor([3, 7])).shape

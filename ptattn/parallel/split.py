@@ -46,7 +46,7 @@ def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
             in the model to split, other weights on other ranks.
         RuntimeError: split already, or no process group.
 
-    Example:
+    Examples:
         >>> mesh = init_device_mesh("cuda", (8,))
         >>> model = split_tokens(model.cuda(), mesh)
     """

@@ -156,7 +156,7 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
     Raises:
         ValueError: other than four levels, or widths that the groups do not divide.
 
-    Example:
+    Examples:
         >>> vae = CausalVAE.from_pretrained("vae", dtype=torch.bfloat16)
         >>> latents = vae.encode(video).latent_dist.sample()  # (B, 3, 29, 512, 512) in [-1, 1]
         >>> video = vae.decode(latents).sample

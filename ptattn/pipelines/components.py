@@ -1,7 +1,8 @@
-"""Whether the components of a pipeline fit each other."""
+"""Whether the components of a pipeline, and the arguments of a call, fit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..flow import OBJECTIVES, Objective
@@ -51,6 +52,19 @@ def check_fit(transformer: Any, text_encoder: Any, vae: Any) -> None:
             f"transformer has in_channels {config.in_channels}, but vae has {channels} "
             "latent channels"
         )
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Raise ValueError unless all are positive integers."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a positive integer; got {number!r}")
+
+
+def check_known(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError unless all values are known."""
+    if unknown := [value for value in values if value not in known]:
+        raise ValueError(f"{name}: {', '.join(map(repr, unknown))} not in {', '.join(known)}")
 
 
 def _settings(scheduler: Any) -> tuple[type, dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..flops import VAE_FACTOR
 from ..flow import FLOW, Guided, Objective, resolution_shift
 from .autoencoder import compression, decode
-from .components import check_fit, objective_of
+from .components import check_fit, check_known, check_numbers, objective_of
 from .prompts import as_negatives, as_texts, check_cleaning, check_prompts, clean, encode_texts
 from .transformer import PTDiTTransformer
 
@@ -65,7 +65,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         ValueError: components that do not fit each other.
         ImportError: no ftfy or BeautifulSoup, which clean captions.
 
-    Example:
+    Examples:
         >>> pipeline = PTDiTPipeline.from_pretrained("folder", dtype=torch.bfloat16)
         >>> pipeline.enable_model_cpu_offload()
         >>> pipeline("a lighthouse at dusk", height=512, width=768).images[0].save("out.png")
@@ -202,7 +202,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             steps = objective.steps if num_inference_steps is None else num_inference_steps
             self._guidance_scale = objective.guidance if guidance_scale is None else guidance_scale
             self._interrupt = False
-            _check_numbers(
+            check_numbers(
                 num_inference_steps=steps,
                 num_images_per_prompt=num_images_per_prompt,
                 max_sequence_length=max_sequence_length,
@@ -210,8 +210,8 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
             if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
                 names = callback.tensor_inputs
-            _check_known("output_type", [output_type], OUTPUT_TYPES)
-            _check_known("callback_on_step_end_tensor_inputs", names, self._callback_tensor_inputs)
+            check_known("output_type", [output_type], OUTPUT_TYPES)
+            check_known("callback_on_step_end_tensor_inputs", names, self._callback_tensor_inputs)
             shape = self._latent_shape(height, width, num_frames)
             given: dict[str, Any] = dict(
                 prompt_embeds=prompt_embeds,
@@ -380,7 +380,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
     def _latent_shape(self, height: int, width: int, num_frames: int | None) -> tuple[int, ...]:
         temporal, spatial = compression(self.vae)
         config, frames = self.transformer.config, 1 if num_frames is None else num_frames
-        _check_numbers(height=height, width=width, num_frames=frames)
+        check_numbers(height=height, width=width, num_frames=frames)
         side = spatial * config.patch_size
         if height % side or width % side:
             raise ValueError(f"height and width must be multiples of {side}; got {height}, {width}")
@@ -413,14 +413,3 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             raise ValueError(f"this pipeline needs its components; missing: {missing}")
         check_fit(self.transformer, self.text_encoder, self.vae)
         _ = self.objective
-
-
-def _check_numbers(**numbers: Any) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a positive integer; got {number!r}")
-
-
-def _check_known(name: str, values: Sequence[str], known: Sequence[str]) -> None:
-    if unknown := [value for value in values if value not in known]:
-        raise ValueError(f"{name}: {', '.join(map(repr, unknown))} not in {', '.join(known)}")

@@ -32,7 +32,7 @@ def qihoo_t2i(
         ValueError: components that do not fit each other.
         ImportError: no ftfy or BeautifulSoup, which clean captions.
 
-    Example:
+    Examples:
         >>> pipeline = qihoo_t2i("t5", "qihoo-t2i", "vae")
         >>> pipeline("a lighthouse at dusk").images[0].save("out.png")
     """

@@ -24,7 +24,7 @@ class PTDiTTransformer(PTDiT, ModelMixin, ConfigMixin, PeftAdapterMixin):
     Args:
         **sizes: the fields of `ModelConfig`.
 
-    Example:
+    Examples:
         >>> model = PTDiTTransformer.from_pretrained("folder", dtype=torch.bfloat16)
     """
 

@@ -118,14 +118,15 @@ def decode(latents: Tensor, folder: Path) -> Tensor:
 
 def load_vae(folder: Path) -> Any:
     """An autoencoder of ours or of diffusers, in its saved dtype, from its folder."""
-    from .. import pipelines
-
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
     name = files.read_json(path).get("_class_name")
-    known: Any = pipelines if name == "CausalVAE" else need("diffusers")
-    family: Any = getattr(known, str(name), None)
+    if name == "CausalVAE":
+        from ..pipelines import causal_vae_weights
+
+        return causal_vae_weights.load(folder).requires_grad_(False)
+    family: Any = getattr(need("diffusers"), str(name), None)
     if not hasattr(family, "decode"):
         raise ValueError(f"{path}: _class_name must be of an autoencoder; got {name!r}")
     return family.from_pretrained(folder).eval().requires_grad_(False)

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks import test_bench
 from ptattn.bench import clocks, results
 from ptattn.cli import main
+from tests.bench.test_operations import tiny
 from tests.support.measured import RATES, TINY, result, timed
 
 BLOCK = ["bench", "block", "--models", *TINY, "--sizes", "32", "--seconds", "0.01"]
@@ -110,3 +113,14 @@ def test_what_cannot_be_done_here_is_named(tmp_path, capsys, monkeypatch):
         assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
         assert part in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("task", "part"), [("forward", "forward"), ("training", "backward")])
+def test_make_bench_checks_and_runs_blocks_and_operations(task, part):
+    """benchmarks/test_bench.py, where pytest-benchmark would repeat what is run here once."""
+    ran = []
+    benchmark = mock.Mock(pedantic=lambda run, **options: ran.append(run()))
+    test_bench.test_block(benchmark, "dit-s", 32, task)
+    assert benchmark.name == "DiT/S"
+    test_bench.test_operation(benchmark, tiny("window"), part)
+    assert len(ran) == 2

@@ -14,6 +14,8 @@ from ptattn.bench.results import COMPILED, EAGER, GRAPH, SKIPPED
 from ptattn.bench.workloads import Size
 from tests.support.measured import H200, WIDE, compared, result, timed
 
+GPU = H200.with_name("h200-2026-11-26-gpu") / "gpu.json"
+
 # Findings.
 
 
@@ -112,11 +114,10 @@ def test_a_column_and_a_speed_up_for_every_mode():
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_tables_of_a_gpu_fit_the_terminal(width):
-    done = results.load(H200 / "block.json")
-    blocks = [row for row in done.rows if row.timing]
-    modes = (EAGER, COMPILED, GRAPH)
-    done.rows = [dataclasses.replace(row, mode=mode) for row in blocks for mode in modes]
-    done.rows += results.load(H200 / "ops.json").rows[:100]
+    """Those of an H200 by `ptattn bench gpu`; and blocks in a third mode."""
+    done = results.load(GPU)
+    blocks = [row for row in done.rows if row.timing and row.mode == EAGER]
+    done.rows += [dataclasses.replace(row, mode=COMPILED) for row in blocks]
     text = shown(done, width)
     for part in ("PT-DiT/XL", "roll-and-mask", "CUDA graph", "norm-pool XL"):
         assert part in text
@@ -142,6 +143,8 @@ def test_plots_show_graphs_where_there_are_some():
     ((_, name, png),) = plots.draw(result(*in_modes()))
     assert name == "block.png"
     pixels(png)
+    drawn = plots.draw(results.load(GPU))
+    assert [name for _, name, png in drawn if pixels(png)] == ["speed.png", "gpu.png"]
     assert plots.draw(result(*in_modes()[:5])) == []  # of one size no line can be drawn
 
 

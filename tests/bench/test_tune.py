@@ -32,30 +32,31 @@ def fresh():
     configs.find.cache_clear()
 
 
-def search(job, path, *seconds, left=60.0):
+def search(job, path, *seconds, left=60.0, arch="cpu"):
     clock = FakeClock(*seconds)
-    assert tune.search([job], "cpu", clock, "cpu", time.monotonic() + left, path) == 0
+    assert tune.search([job], arch, clock, "cpu", time.monotonic() + left, path) == 0
 
 
 @pytest.mark.usefixtures("fresh")
 def test_a_user_s_file_gets_the_fastest_and_comes_first(job, tmp_path, monkeypatch):
-    path, before = tmp_path / "mine.json", configs.PATH.read_text()
-    search(job, path, 4.0, 4.0, 3.0, 3.0, 1.0, 1.0)
-    assert configs.PATH.read_text() == before
-    winner = tune.candidates("window_forward")[2]
+    path, before = tmp_path / "mine.json", json.loads(configs.PATH.read_text())
+    search(job, path, 4.0, 4.0, 3.0, 3.0, 1.0, 1.0, arch="sm90")
+    assert json.loads(configs.PATH.read_text()) == before
     written = json.loads(path.read_text())
-    assert list(written) == ["cpu"]  # nothing but the machine's own
-    mine, *rest = written["cpu"]["window_forward"]
+    assert list(written) == ["sm90"]  # nothing but the machine's own
+    mine, *rest = written["sm90"]["window_forward"]
+    assert rest == before["default"]["window_forward"]
+    winner = {name: value for name, value in mine.items() if name not in dict(job.bounds)}
+    assert winner in tune.candidates("window_forward")
     assert mine == dict(job.bounds) | winner
-    assert rest == json.loads(before)["default"]["window_forward"]
 
     sizes = dict(bytes=2, channels=96, keys=64)
-    default = configs.find("window_forward", "cpu", **sizes)
+    default = configs.find("window_forward", "sm90", **sizes)
     monkeypatch.setenv("PTATTN_CONFIGS", str(path))
     configs.table.cache_clear()
     configs.find.cache_clear()
-    assert configs.find("window_forward", "cpu", **sizes) == configs.Config(**winner) != default
-    assert configs.table()["default"] == json.loads(before)["default"]
+    assert configs.find("window_forward", "sm90", **sizes) == configs.Config(**winner) != default
+    assert configs.table() == before | {"sm90": before["sm90"] | written["sm90"]}
 
 
 @pytest.mark.usefixtures("fresh")
