@@ -267,7 +267,9 @@ def search(
     todo: Sequence[Job], arch: str, clock: Clock, device: str, deadline: float, path: Path
 ) -> int:
     """Try the jobs in turn and write after each; those not reached keep what they have."""
-    table: Table = {name: dict(kernels) for name, kernels in configs.table().items()}
+    # Of the package's file alone where that is written, not of the user's beside it.
+    known = json.loads(path.read_text("utf-8")) if path == configs.PATH else configs.table()
+    table: Table = {name: dict(kernels) for name, kernels in known.items()}
     for job in todo:
         if time.monotonic() > deadline:
             print(f"not reached: {job}")
