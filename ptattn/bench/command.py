@@ -16,7 +16,18 @@ from .. import backends
 from ..command_line import UsageError, count, now, number, open_folder, require
 from ..models import list_models
 from ..paper import TRAINING_MEMORY
-from . import clocks, compare, gpu, harness, memory, op_workloads, predict, results, workloads
+from . import (
+    clocks,
+    compare,
+    gpu,
+    harness,
+    memory,
+    op_workloads,
+    parallel,
+    predict,
+    results,
+    workloads,
+)
 from .compare import settings_of
 from .floor import FORWARD, TASKS
 from .harness import Bench
@@ -69,6 +80,13 @@ def add_parser(commands: Commands) -> None:
                      help=f"latent frames of {memory.SIDE} px "
                      f"(default: {' '.join(map(str, memory.FRAMES))})")  # fmt: skip
     own = _add(
+        kinds, parallel.KIND, "one sample over several GPUs: what it sends; nothing is measured",
+        _parallel,
+    )  # fmt: skip
+    _add_sizes(own, parallel.SIZES)
+    own.add_argument("--gpus", nargs="+", metavar="N", type=count, default=parallel.RANKS,
+                     help=f"default: {' '.join(map(str, parallel.RANKS))}")  # fmt: skip
+    own = _add(
         kinds, "predict", "what a GPU would take, from a model; nothing is measured", _predict
     )
     _add_table(own, FIGURES, FIGURE_SIZES)
@@ -90,9 +108,13 @@ def _add(kinds: Commands, kind: str, text: str, run: Any) -> argparse.ArgumentPa
 def _add_table(
     parser: argparse.ArgumentParser, models: Sequence[str], sizes: Sequence[Size]
 ) -> None:
-    shown = " ".join(f"{s.frames}x{s.side}" if s.frames > 1 else str(s.side) for s in sizes)
     parser.add_argument("--models", nargs="+", metavar="MODEL", choices=list_models(),
                         default=list(models), help=f"default: {' '.join(models)}")  # fmt: skip
+    _add_sizes(parser, sizes)
+
+
+def _add_sizes(parser: argparse.ArgumentParser, sizes: Sequence[Size]) -> None:
+    shown = " ".join(f"{s.frames}x{s.side}" if s.frames > 1 else str(s.side) for s in sizes)
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", type=workloads.image_or_video,
                         default=list(sizes), help="pixels a side, or latent frames and pixels a "
                         f"side (default: {shown})")  # fmt: skip
@@ -191,6 +213,22 @@ def _predict(options: argparse.Namespace, command: str) -> int:
     models = model_workloads("model", *chosen, TASKS, settings)
     found = [predict.rows([*models, *blocks], device)]
     return report.carry_out(done, found, options.out, Progress(1), earlier, predict.notes(device))
+
+
+def _parallel(options: argparse.Namespace, command: str) -> int:
+    require("rich", "matplotlib")
+    from . import report
+    from .progress import Progress
+
+    if min(options.gpus) < 2:
+        raise UsageError("argument --gpus: one sample is over 2 GPUs at least")
+    device = parallel.DEVICE
+    known = {"device": "cuda", "dtype": "bf16", "predicted_for": device.name}
+    done = Result(parallel.KIND, known, dataclasses.asdict(device.rates), command, now())
+    earlier = prepare(options, done)
+    found = parallel.rows(options.sizes, options.gpus)
+    progress = Progress(len(set(options.sizes)) * len(set(options.gpus)))
+    return report.carry_out(done, found, options.out, progress, earlier, parallel.NOTES)
 
 
 def pattern(text: str) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .. import flops
-from . import memory, results
+from . import memory, parallel, results
 from .floor import FORWARD
 from .model_run import YARDSTICK
 from .results import EAGER, GRAPH, OK, PREDICTED, Result, Row
@@ -40,6 +40,8 @@ def pictures(kind: str) -> list[tuple[str, str, Make]]:
     """Caption, file and maker of all that a result of this kind can have."""
     if kind == memory.KIND:
         return [("Peak memory of training against frames", f"{kind}.png", peaks)]
+    if kind == parallel.KIND:
+        return [("What a GPU sends in a block, against GPUs", f"{kind}.png", traffic)]
     name = "latency.png" if kind == "compare" else f"{kind}.png"
     found: list[tuple[str, str, Make]] = [("Forward time against tokens", name, times)]
     if kind == "compare":
@@ -293,6 +295,32 @@ def _peaks(axes: Any, rows: Sequence[Row]) -> None:
             axes.plot(*zip(*points, strict=True), "o", label=label, color=color)
     axes.set_xticks(sorted({row.facts["frames"] for row in rows}))
     _scale(axes, "latent frames", "GB")
+
+
+# Several GPUs.
+
+
+def traffic(result: Result) -> bytes | None:
+    """What a rank sends in a block's forward against their number, a panel per size."""
+    rows = [row for row in result.rows if row.timing]
+    sizes = list(dict.fromkeys(row.size for row in rows))
+    if not sizes:
+        return None
+    figure = _figure(len(sizes), "Sent by a GPU in one block's forward, mean, PREDICTED")
+    colors = dict(zip(parallel.MODELS, (CANDIDATES[0], *BASELINES), strict=False))
+    for axes, size in zip(_axes(figure, len(sizes)), sizes, strict=True):
+        own = [row for row in rows if row.size == size]
+        for name, color in colors.items():
+            line = [(r.facts["ranks"], r.facts["sent"] / 1e6) for r in own if r.name == name]
+            models = {row.model for row in own if row.name == name}
+            _line(axes, line, color, label=f"{', '.join(models)}, {name}")
+        axes.set_title(size, loc="left", fontsize=13)
+        axes.set_xscale("log", base=2)
+        ranks = sorted({row.facts["ranks"] for row in own})
+        axes.set_xticks(ranks, list(map(str, ranks)))
+        _scale(axes, "GPUs", "MB")
+        axes.legend(fontsize=11, edgecolor="none")
+    return _png(figure)
 
 
 # Figures.

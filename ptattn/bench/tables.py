@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from . import memory, results, units
+from . import memory, parallel_table, results, units
+from .columns import Column, Line, Section
 from .op_run import OTHERS
 from .results import (
     COMPILED,
@@ -27,27 +27,10 @@ from .results import (
     groups,
 )
 
-# A line of a table: the rows of one implementation, a row per mode.
-Line = list[Row]
 MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
 
 
 MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
-
-
-class Column(NamedTuple):
-    title: str
-    show: Callable[[Line], str]
-    left: bool = False  # aligned
-    narrow: bool = True  # shown on a narrow terminal too
-    wide: bool = True  # and on a wide one
-
-
-class Section(NamedTuple):
-    title: str
-    lines: list[Line]
-    columns: list[Column]
-    apart: Callable[[Row], str]  # lines of which this differs stand apart
 
 
 TITLES = {
@@ -56,6 +39,7 @@ TITLES = {
     "block": "One block",
     "model": "Whole models",
     "memory": "Peak memory of training on one sample",
+    "parallel": "One sample over several GPUs, PREDICTED, not measured",
     "predict": "Whole models and blocks, PREDICTED, not measured",
     "gpu": "Models, blocks and operations on a GPU",
 }
@@ -166,6 +150,8 @@ def _notes(result: Result, titles: Sequence[str]) -> list[str]:
 def _sections(result: Result) -> list[Section]:
     if result.kind == memory.KIND:
         return [_memory(result.rows)]
+    if result.kind == parallel_table.KIND:
+        return [parallel_table.section(result.rows)]
     group = groups(row for row in result.rows if row.timing)
     if result.kind == "compare":
         lines = _lines(result.rows)

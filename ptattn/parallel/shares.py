@@ -172,6 +172,9 @@ class Share(WindowGrid):
     trip: Trip | None = None
     means: Cut = Cut(((0, 1),) * 3)
 
+    def __hash__(self) -> int:  # at every operation: not of all of it
+        return hash((self.grid, self.window, self.rank))
+
     @classmethod
     def of(cls, windows: WindowGrid, cut: Cut, rank: int, group: str) -> Share:
         """A rank's share of an unshifted grid."""

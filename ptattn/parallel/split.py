@@ -129,8 +129,10 @@ class TokenSplit:
     def _said(self, leaf: Any) -> str:
         if not isinstance(leaf, Tensor):
             return repr(leaf)
-        autocast = f", autocast {context.autocast_dtype(leaf)}"
-        said = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}{autocast}"
+        said = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        if (autocast := context.autocast_dtype(leaf)) is not None:
+            said += f" in autocast of {autocast}"
+        said += " that requires grad" if leaf.requires_grad else ""
         looked = not self._compared or leaf.device.type == "cpu"
         return said + (f", values of sum {bits(leaf)}" if looked and not leaf.is_meta else "")
 

@@ -153,6 +153,14 @@ def checkpointed(mesh: Any, **options: Any) -> dict[str, float]:
     return differences(measured(split_tokens(made, mesh), **inputs("video", torch.float64)), gold)
 
 
+def on_backend(mesh: Any, backend: str) -> dict[str, float]:
+    config = ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT)
+    made = randomized(PTDiT(config, backend=backend)).double()
+    given = inputs("two-axes", torch.float64)
+    gold = measured(made, **given)
+    return differences(measured(split_tokens(made, mesh), **given), gold)
+
+
 def fused(mesh: Any) -> dict[str, float]:
     made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
     gold = measured(made, **given)
@@ -220,7 +228,8 @@ def in_autocast(mesh: Any) -> dict[str, float]:
 
 
 def compiled(mesh: Any) -> dict[str, float]:
-    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    made = randomized(PTDiT(ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT))).double()
+    given = inputs("two-axes", torch.float64)
     gold = measured(made, **given)
     torch._dynamo.reset()
     split_tokens(made, mesh)
@@ -288,3 +297,34 @@ def probe(out: torch.Tensor) -> torch.Tensor:
 
 def of(made: Any, found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name, _ in made.named_parameters()}
+
+
+def of_any_batch(mesh: Any) -> dict[str, float]:
+    """Of three samples in inference mode; an empty batch has a shape, and gradients."""
+    made, given = model("image", dtype=torch.float64), inputs("image", torch.float64)
+    three = {name: torch.cat([t, t.flip(-1), t]) for name, t in given.items()}
+    with torch.inference_mode():
+        gold = made(**three)
+        out = split_tokens(made, mesh)(**three)
+    empty = measured(made, **{name: t[:0] for name, t in given.items()})
+    assert empty["output"].shape == (0, 8, 1, 32, 32)
+    assert not empty["blocks.0.mlp.0.weight"].any()
+    return differences({"output": out}, {"output": gold})
+
+
+def partly_frozen(mesh: Any) -> dict[str, float]:
+    """One layer of a late block trained, and then the latents' gradient alone asked for."""
+    made, given = model("video", dtype=torch.float64), inputs("video", torch.float64)
+    found = []
+    for prepare in (lambda: made.requires_grad_(False), lambda: split_tokens(made, mesh)):
+        prepare()
+        weight = made.blocks[1].mlp[0].weight.requires_grad_(True)
+        weight.grad = None
+        out = made(**given)
+        out.backward(probe(out))
+        latents = given["latents"].clone().requires_grad_()
+        out = made(**{**given, "latents": latents})
+        (grad,) = torch.autograd.grad(out, latents, probe(out))
+        found.append({"weight": weight.grad, "latents": grad})
+        weight.requires_grad_(False)
+    return differences(found[1], found[0])

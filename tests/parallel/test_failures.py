@@ -44,6 +44,10 @@ def of_other_values(given):
     return {**given, "latents": given["latents"] + 1}
 
 
+def that_require_a_gradient(given):
+    return {**given, "latents": given["latents"].requires_grad_()}
+
+
 def without_a_mask(given):
     return {**given, "caption_mask": None}
 
@@ -108,6 +112,7 @@ def miss_a_call(mesh, misses):
     [
         (of_another_shape, r"latents: float32 \(1, 4, 1, 32, 32\).*rank 0, .*24\).* on rank 1"),
         (of_other_values, r"latents: .* values of sum -?\d+ on rank 0, .* on rank 1"),
+        (that_require_a_gradient, r"latents: .* on rank 0, .* that requires grad, .* on rank 1"),
         (without_a_mask, r"caption_mask: bool .* on rank 0, None on rank 1"),
     ],
 )

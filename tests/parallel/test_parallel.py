@@ -49,6 +49,8 @@ COMBINED = {
     "checkpointed-but-attention": (cases.checkpointed, dict(keep_attention=True)),
     "fused": (cases.fused, {}),
     "accumulated": (cases.accumulated, {}),
+    "any-batch": (cases.of_any_batch, {}),
+    "partly-frozen": (cases.partly_frozen, {}),
     "guided": (cases.guided, {}),
     "ddp": (cases.in_ddp, {}),
     "fsdp": (cases.sharded, dict(first=True)),
@@ -60,6 +62,13 @@ COMBINED = {
 def test_a_split_combined(ranks, name):
     function, options = COMBINED[name]
     assert_close([{name: found} for found in ranks.all(partial(function, **options))])
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.long)])
+def test_every_backend(two, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    assert_close([{backend: found} for found in two.all(cases.on_backend, backend)])
 
 
 def test_autocast(ranks):
