@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def device(monkeypatch):
     """A GPU that is none: what was captured there, and what was compiled."""
 
     class Done(list):
-        graphs = []
+        graphs: ClassVar = []
 
     done, compiling = Done(), torch.compile
     graphs = done.graphs = []
