@@ -293,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", type=pattern, default=re.compile(""),
                         help="jobs whose name matches, such as 'flash.*channels=96'")  # fmt: skip
     parser.add_argument("--budget", type=float, default=500.0, help="seconds (%(default)s)")
-    parser.add_argument("--write", metavar="FILE", type=Path, default=configs.PATH)
+    parser.add_argument("--write", metavar="FILE", type=Path, default=configs.PATH,
+                        help="where entries go (default: the package's own configs.json)")  # fmt: skip
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.budget
     todo = [job for job in jobs() if args.only.search(str(job))]

@@ -61,11 +61,11 @@ def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
     if path := os.environ.get("PTATTN_CONFIGS"):
         try:
             for arch, kernels in json.loads(Path(path).read_text(encoding="utf-8")).items():
-                entries.setdefault(arch, {}).update(kernels)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"PTATTN_CONFIGS names {path}, which cannot be read: {error}"
-            ) from None
+                own = entries.setdefault(arch, {})
+                for kernel, first in kernels.items():
+                    own[kernel] = [*first, *(own.get(kernel) or entries["default"].get(kernel, ()))]
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"cannot read {path}, which PTATTN_CONFIGS names: {error}") from None
     return entries
 
 

@@ -125,11 +125,12 @@ class ModelWorkload:
         with torch.set_grad_enabled(self.task != FORWARD):
             # A graph's memory is its own, and a replay adds nothing.
             eager = {key: run for key, run in runs.items() if not key.endswith(GRAPH)}
-            peak = {key: peaks.added(run, bench.device) for key, run in eager.items()}
-            before = {key: seconds for key, (_, seconds) in peak.items()}
+            seen = {key: peaks.added(run, bench.device) for key, run in eager.items()}
+            peak = {key: bytes_ for key, (bytes_, _) in seen.items()}
+            before = {key: seconds for key, (_, seconds) in seen.items()}
             times = clocks.measure(bench.clock, runs, bench.seconds, bench.calls, before)
         return [
-            replace(row, timing=times[key], peak=peak[key][0])
+            replace(row, timing=times[key], peak=peak.get(key))
             if (key := _key(row)) in runs
             else row
             for row in rows
