@@ -70,9 +70,13 @@ def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Ope
 
 def jobs() -> list[Job]:
     """The most important first: the paper's head dim before the others."""
-    passes = dict(norm_forward="norm", pool_forward="norm-pool", norm_backward="norm-pool")
     bounds = (("max_bytes", 2), ("max_channels", 2048))  # wide tokens need their own warps
-    found = [Job(name, bounds, _passes(op)) for name, op in passes.items()]
+    found = [
+        Job("norm_forward", bounds, _passes("norm")),
+        Job("pool_forward", bounds, _passes("norm-pool")),
+        Job("norm_backward", (*bounds, ("max_means", 0)), _passes("norm")),
+        Job("norm_backward", bounds, _passes("norm-pool")),
+    ]
     for channels, head_dim in HEAD_DIMS.items():
         found += _attention_jobs(channels, head_dim)
     return found
@@ -137,7 +141,7 @@ def candidates(kernel: str) -> list[Entry]:
 def present(table: Table, arch: str, job: Job) -> Entry:
     """The setting that a job's class has; a class of flash without `max_queries` is dense, one of
     small windows without `max_slots` of those alone in their tile."""
-    sizes = {"queries": math.inf, "windowed": 0, "slots": 64}
+    sizes = {"queries": math.inf, "windowed": 0, "slots": 64, "means": 1}
     sizes |= {name.removeprefix("max_"): value for name, value in job.bounds}
     for entry in table.get(arch, {}).get(job.kernel) or table["default"][job.kernel]:
         if all(size <= entry.get(f"max_{name}", size) for name, size in sizes.items()):
@@ -173,7 +177,7 @@ def merged(table: Table, arch: str, found: dict[Job, Entry]) -> Table:
 
 def _narrowness(job: Job) -> tuple[float, ...]:
     bounds = dict(job.bounds)
-    names = ("max_channels", "max_keys", "max_queries")
+    names = ("max_channels", "max_keys", "max_queries", "max_means")
     return tuple(bounds.get(name, math.inf) for name in names)
 
 
@@ -270,6 +274,7 @@ def search(
     # Of the package's file alone where that is written, not of the user's beside it.
     known = json.loads(path.read_text("utf-8")) if path == configs.PATH else configs.table()
     table: Table = {name: dict(kernels) for name, kernels in known.items()}
+    tuned: dict[str, list[Entry]] = {}
     for job in todo:
         if time.monotonic() > deadline:
             print(f"not reached: {job}")
@@ -283,7 +288,8 @@ def search(
             classes = [other for other in jobs() if other.kernel == job.kernel]
             settings = {other: present(table, arch, other) for other in classes}
             table = merged(table, arch, settings | {job: best})
-            write(path, table if path == configs.PATH else {arch: table[arch]})
+            tuned |= {job.kernel: table[arch][job.kernel]}
+            write(path, table if path == configs.PATH else {arch: tuned})
     return 0
 
 
@@ -294,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="jobs whose name matches, such as 'flash.*channels=96'")  # fmt: skip
     parser.add_argument("--budget", type=float, default=500.0, help="seconds (%(default)s)")
     parser.add_argument("--write", metavar="FILE", type=Path, default=configs.PATH,
-                        help="where entries go (default: the package's own configs.json)")  # fmt: skip
+                        help="for the entries (default: the package's configs.json)")  # fmt: skip
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.budget
     todo = [job for job in jobs() if args.only.search(str(job))]

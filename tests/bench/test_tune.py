@@ -56,7 +56,8 @@ def test_a_user_s_file_gets_the_fastest_and_comes_first(job, tmp_path, monkeypat
     configs.table.cache_clear()
     configs.find.cache_clear()
     assert configs.find("window_forward", "sm90", **sizes) == configs.Config(**winner) != default
-    assert configs.table() == before | {"sm90": before["sm90"] | written["sm90"]}
+    own = [*written["sm90"]["window_forward"], *before["default"]["window_forward"]]
+    assert configs.table() == before | {"sm90": before["sm90"] | {"window_forward": own}}
 
 
 @pytest.mark.usefixtures("fresh")
@@ -66,7 +67,7 @@ def test_a_user_s_file_that_cannot_be_read_is_named(content, tmp_path, monkeypat
     if content is not None:
         path.write_text(content)
     monkeypatch.setenv("PTATTN_CONFIGS", str(path))
-    with pytest.raises(ValueError, match=r"PTATTN_CONFIGS names .*mine.json, which cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot read .*mine.json, which PTATTN_CONFIGS names"):
         configs.find("window_forward", "cpu", bytes=2)
 
 
