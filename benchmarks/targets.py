@@ -17,7 +17,7 @@ from ptattn.bench.results import EAGER, GRAPH, Row
 from ptattn.command_line import UsageError
 
 IMAGE, LARGE_IMAGE, VIDEO = "1024 px w1x8x8", "2048 px w1x16x16", "video 512 px w4x4x4"
-XL, RIVAL = "PT-DiT/XL", "DiT/XL"
+XL, BASELINE = "PT-DiT/XL", "DiT/XL"
 # Of a row, given all rows of its workload and task.
 Value = Callable[[Row, Sequence[Row]], float | None]
 
@@ -64,10 +64,10 @@ def _floors(row: Row, group: Sequence[Row]) -> float | None:
 
 
 def _faster(row: Row, group: Sequence[Row]) -> float | None:
-    return results.speedup(row, group, RIVAL)
+    return results.speedup(row, group, BASELINE)
 
 
-TIME, SHARE, SPEED = "{:.0f} µs", "{:.0f} % of floor", "{:.2f} × " + RIVAL
+TIME, SHARE, SPEED = "{:.0f} µs", "{:.0f} % of floor", "{:.2f} × " + BASELINE
 TARGETS = (
     _operation(f"norm XL {LARGE_IMAGE}", "backward", _share, SHARE, 60),
     _operation(f"norm XL {VIDEO}", "backward", _share, SHARE, 60),

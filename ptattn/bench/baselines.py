@@ -192,7 +192,7 @@ class RollMaskBlock(nn.Module):
 
 
 def gemms_21(x: Tensor) -> Callable[[], Tensor]:
-    """A yardstick of a block's time: 21 D x D products over its tokens (B, N, D), nothing else."""
+    """What a block's products take, nearly: 21 of D x D over its tokens (B, N, D), nothing else."""
     dim = x.shape[-1]
     weights = [x.new_empty(dim, dim).normal_(std=dim**-0.5) for _ in range(21)]
 

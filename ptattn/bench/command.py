@@ -159,7 +159,7 @@ def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
     done.rates.update(dataclasses.asdict(rates))
     bench = Bench(
         clocks.clock_of(device, wall=options.kind != "ops"), rates, device, settings.backend,
-        time.monotonic() + options.budget, dtype, options.seconds or SECONDS[device],
+        time.monotonic() + options.budget, options.seconds or SECONDS[device],
         compiled=options.compile, quantized=options.quantize is not None,
     )  # fmt: skip
     chosen = table(settings)

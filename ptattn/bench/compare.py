@@ -89,7 +89,7 @@ def compare(options: argparse.Namespace, command: str) -> int:
 def _bench(budget: float, settings: Settings) -> Bench:
     return Bench(
         clocks.clock_of(settings.device), None, settings.device, settings.backend,
-        time.monotonic() + budget, DTYPES[settings.dtype], budget * SHARE, CALLS,
+        time.monotonic() + budget, budget * SHARE, CALLS,
     )  # fmt: skip
 
 

@@ -40,7 +40,6 @@ class Bench:
     device: str
     backend: str  # of the candidates, resolved
     deadline: float = math.inf  # by time.monotonic
-    dtype: torch.dtype = torch.bfloat16
     seconds: float = 0.3  # for a task, all implementations together
     calls: tuple[int, int] | None = None  # the clock's, where it is None
     compiled: bool = False  # torch.compile takes part

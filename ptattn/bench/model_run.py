@@ -20,7 +20,7 @@ from .parity import WrongError
 from .results import COMPILED, EAGER, ERROR, FAILED, GRAPH, REFUSED, SKIPPED, Row
 from .workloads import DTYPES, Entry, Settings, Size, plan
 
-YARDSTICK = "21 GEMMs"
+GEMMS = "21 GEMMs"
 # How many tensors of the tokens a step of one block holds; how many copies of the weights there are
 # (as they are, fused, gradients, truth at twice the size); how much larger truth's activations are.
 KEPT, COPIES, FINER_TIMES = 45, 5, 2
@@ -37,7 +37,7 @@ class ModelWorkload:
     task: str = FORWARD
     batch: int = 1
     depth: int | None = None  # of the models, where it is not their own
-    one: bool = False  # implementation of each model, and no yardstick
+    one: bool = False  # implementation of each model, and no 21 GEMMs
     checked: int | None = None  # tokens of the corner that the gate sees, where that is not all
 
     def __str__(self) -> str:
@@ -117,8 +117,8 @@ class ModelWorkload:
         for entry in self.entries:
             model = self._model(entry)
             found = list(self._checked(entry, model, bench))
-            if self._has_yardstick and not runs:
-                first = replace(self.row(entry, YARDSTICK, True), model=YARDSTICK)
+            if self._has_gemms and not runs:
+                first = replace(self.row(entry, GEMMS, True), model=GEMMS)
                 found.append((first, baselines.gemms_21(model.leaves[0])))
             rows += [row for row, _ in found]
             runs |= {_key(row): run for row, run in found if run is not None}
@@ -137,7 +137,7 @@ class ModelWorkload:
         ]
 
     @property
-    def _has_yardstick(self) -> bool:
+    def _has_gemms(self) -> bool:
         return self.kind == "block" and self.task == FORWARD and not self.one
 
     def _model(self, entry: Entry) -> Model:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from .. import flops
 from . import memory, parallel, results
 from .floor import FORWARD
-from .model_run import YARDSTICK
+from .model_run import GEMMS
 from .results import EAGER, GRAPH, OK, PREDICTED, Result, Row
 from .workloads import TEXT_TOKENS
 
@@ -145,7 +145,7 @@ def speed(result: Result) -> bytes | None:
 
 def _speeds(axes: Any, rows: Sequence[Row]) -> None:
     group, names = results.groups(rows), list(dict.fromkeys(row.size for row in rows))
-    own = {YARDSTICK, *(row.model for row in rows if not row.baseline)}
+    own = {GEMMS, *(row.model for row in rows if not row.baseline)}
     models = dict.fromkeys(row.model for row in rows if row.model not in own)
     styles: dict[str, dict[str, Any]] = {GRAPH: {}, EAGER: DASHES}
     for (model, color), mode in itertools.product(zip(models, BASELINES, strict=False), styles):
@@ -190,7 +190,7 @@ def _is_image(row: Row) -> bool:
         and (known.get("frames"), known.get("batch")) == (1, 1)
         and known.get("kind") in ("block", "model")
         and (known["kind"] == "block" or known["blocks"] == known["depth"])
-        and row.model != YARDSTICK
+        and row.model != GEMMS
         and not row.name.endswith(("fused", "roll-and-mask", "fp8"))
     )
 

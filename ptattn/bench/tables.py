@@ -287,15 +287,16 @@ def _speedups(lines: Sequence[Line], group: Groups) -> list[Column]:
     )  # fmt: skip
     own = {row.model for line in lines for row in line if not row.baseline}
 
-    def over(model: str, line: Line) -> list[float]:
+    def over(model: str, line: Line) -> list[str]:
         ratios = [results.speedup(r, group.get((r.workload, r.task), ()), model) for r in line]
-        return [ratio for ratio in ratios if ratio is not None]
+        known = any(ratio is not None for ratio in ratios)
+        return ["–" if ratio is None else units.ratio(ratio) for ratio in ratios] if known else []
 
     def of_all(model: str) -> Callable[[Line], str]:
-        return lambda line: " / ".join(map(units.ratio, over(model, line)))
+        return lambda line: " / ".join(over(model, line))
 
     def of_last(model: str) -> Callable[[Line], str]:
-        return lambda line: "".join(map(units.ratio, over(model, line)[-1:]))
+        return lambda line: "".join(over(model, line)[-1:])
 
     columns = []
     for model in models:

@@ -109,7 +109,7 @@ def test_a_column_and_a_speed_up_for_every_mode():
     assert titles[first:][:4] == ["Eager", "20–80 %", "Compiled", "CUDA graph"]
     assert ours[first:][:4] == ["4.00 s", "3.96 s – 4.04 s", "2.00 s", "1.00 s"]
     assert theirs[first + 2] == ""
-    assert ours[-1] == "0.50× / 0.50× |"  # eager, and as graphs
+    assert ours[-1] == "0.50× / – / 0.50× |"  # eager; not compiled; as graphs
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -5,8 +5,6 @@ import itertools
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from ptattn.bench.clocks import Prepared, Rates, Timing
 from ptattn.bench.harness import Bench
 from ptattn.bench.model_run import ModelWorkload
@@ -49,7 +47,7 @@ class Watch:
 
 def bench(**changes):
     known = dict(clock=FakeClock(), rates=RATES, device="cpu", backend="sdpa", seconds=0.0)
-    known |= dict(dtype=torch.float32, free_memory=lambda device: None)
+    known |= dict(free_memory=lambda device: None)
     return Bench(**(known | changes))
 
 
