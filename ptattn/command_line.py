@@ -26,6 +26,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer; got {text!r}")
+    return int(text)
+
+
 def number(text: str) -> float:
     try:
         value = float(text)

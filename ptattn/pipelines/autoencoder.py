@@ -6,10 +6,16 @@ videos (B, C, F, H, W), and what normalises the latents has several names.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+_locks: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # of autoencoders
 
 
 def compression(vae: Any) -> tuple[int, int]:
@@ -57,6 +63,23 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     latents = latents.to(vae.dtype)
     scale, shift = _normalisation(vae, latents)
     return _by_frame(vae, lambda z: vae.decode(z, return_dict=False)[0], latents * scale + shift)
+
+
+@contextmanager
+def tiling(vae: Any, wanted: bool) -> Iterator[None]:
+    """Tiles where they are wanted, else what the autoencoder is set to; then as it was before.
+
+    The setting is the autoencoder's, which threads may share, so it has one decode at a time.
+    """
+    with _locks.setdefault(vae, threading.Lock()):
+        if not wanted or vae.use_tiling:
+            yield
+            return
+        vae.enable_tiling()
+        try:
+            yield
+        finally:
+            vae.disable_tiling()
 
 
 def _by_frame(vae: Any, function: Any, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..layers import check_like_weights
 from .causal_vae_layers import (
     AttnBlock,
     CausalConv3d,
@@ -32,6 +33,7 @@ from .causal_vae_layers import (
     Upsample,
 )
 from .causal_vae_tiling import Tiling
+from .components import check_numbers
 
 LEVELS = 4
 TEMPORAL, SPATIAL = 4, 8  # frames per latent frame after the first, pixels a side per latent
@@ -81,9 +83,15 @@ class _Half(nn.Module):
         self.gradient_checkpointing = False
 
     def _run(self, x: Tensor, steps: Sequence[nn.Module]) -> Tensor:
+        # Gradients and hooks are given feature maps that must stay as they are.
+        overwrite = not torch.is_grad_enabled() and not any(
+            module._forward_hooks or module._forward_pre_hooks for module in self.modules()
+        )
         for step in steps:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(step, x)
+            elif overwrite and isinstance(step, ResnetBlock):
+                x = step(x, overwrite=True)
             else:
                 x = step(x)
         return x
@@ -144,7 +152,8 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
     """The autoencoder of the released text-to-image model, for images and videos.
 
     It is Open-Sora-Plan 1.2's, with its names of weights. Convolutions look back in time only, but
-    norms average over all frames of a clip.
+    norms average over all frames of a clip. Under `torch.no_grad()` or `inference_mode()` a block
+    takes the memory of its input, unless a module of its half has forward hooks, which may keep it.
 
     Args:
         block_out_channels: of the four levels, from the pixels on.
@@ -154,7 +163,8 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
         scaling_factor: what latents are multiplied with for the transformer (`pipelines.encode`).
 
     Raises:
-        ValueError: other than four levels, or widths that the groups do not divide.
+        ValueError: other than four levels, numbers that are no positive integers, or widths that
+            the groups do not divide.
 
     Examples:
         >>> vae = CausalVAE.from_pretrained("vae", dtype=torch.bfloat16)
@@ -177,6 +187,12 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
         super().__init__()
         if len(block_out_channels) != LEVELS:
             raise ValueError(f"block_out_channels must be {LEVELS}; got {block_out_channels}")
+        check_numbers(
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            **{f"block_out_channels[{i}]": width for i, width in enumerate(block_out_channels)},
+        )
         if any(width % norm_num_groups for width in block_out_channels):
             raise ValueError(
                 f"block_out_channels must be multiples of norm_num_groups, {norm_num_groups}; "
@@ -197,17 +213,19 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
         """Pixels to a distribution of latents.
 
         Args:
-            x: (B, 3, F, H, W), about [-1, 1]. All sides of at least 8 will do; what they have
-                beyond multiples of 8, or frames beyond 1 + 4k, makes no latent of its own.
+            x: (B, 3, F, H, W), about [-1, 1], sides of at least 8. Multiples of 8 and 1 + 4k
+                frames are coded whole. Of other sizes, the rest may change the last latents, but
+                has none of its own, and `decode` does not give it back.
             return_dict: False returns a tuple.
 
         Returns:
             `.latent_dist`, of (B, latent_channels, 1 + (F - 1) // 4, H // 8, W // 8), not scaled.
 
         Raises:
-            ValueError: another shape or dtype.
+            TypeError: no tensor.
+            ValueError: another shape, or a dtype or device that the weights do not have.
         """
-        self._check("x", x, 3, SPATIAL)
+        self._check("x", x, self.encoder.conv_in, SPATIAL)
         moments = self._by_sample(self._encode, x)
         distribution = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
@@ -224,9 +242,10 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
             `.sample`, (B, 3, 4·f - 3, 8·h, 8·w), about [-1, 1].
 
         Raises:
-            ValueError: another shape or dtype.
+            TypeError: no tensor.
+            ValueError: another shape, or a dtype or device that the weights do not have.
         """
-        self._check("z", z, self.config.latent_channels, 1)
+        self._check("z", z, self.post_quant_conv.conv, 1)
         pixels = self._by_sample(self._decode, z)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
@@ -261,11 +280,15 @@ class CausalVAE(ModelMixin, Tiling, ConfigMixin):
         z = self.post_quant_conv(z.movedim(1, -1).contiguous()).movedim(-1, 1)
         return self.decoder(z).contiguous()
 
-    def _check(self, name: str, x: Tensor, channels: int, least: int) -> None:
+    def _check(self, name: str, x: Tensor, first: Any, least: int) -> None:
+        """What the first convolution takes, with sides of `least`."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+        channels = first.in_channels
         if x.ndim != 5 or x.shape[1] != channels or min(x.shape) < 1 or min(x.shape[3:]) < least:
-            sides = f" with H and W of at least {least}" if least > 1 else ""
+            sides = f", H and W of at least {least}" if least > 1 else ""
             raise ValueError(
-                f"{name} must have shape (B, {channels}, F, H, W){sides}; got {tuple(x.shape)}"
+                f"{name} must have shape (B, {channels}, F, H, W) with B and F of at least 1"
+                f"{sides}; got {tuple(x.shape)}"
             )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be of floating point; got {x.dtype}")
+        check_like_weights(name, x, first)

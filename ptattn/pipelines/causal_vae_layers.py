@@ -239,7 +239,7 @@ def _twice_the_frames(x: Tensor) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); without gradients, x may be overwritten.
+    """x + conv(silu(norm(conv(silu(norm(x)))))).
 
     Args:
         causal: convolutions over frames, too; else the frames must be a batch.
@@ -256,14 +256,17 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = conv(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """The result, in the memory of x or of what was made of it if that may be overwritten."""
         h = self.conv1(self.norm1(x))
         shortcut = self.nin_shortcut
-        if shortcut is None:
-            return self.conv2(self.norm2(h), plus=Plain(x).read, into=x)
-        return self.conv2(
-            self.norm2(h), plus=lambda first, last: shortcut(x[:, :, first:last]), into=h
-        )
+
+        def plus(first: int, last: int) -> Tensor:
+            rows = x[:, :, first:last]
+            return rows if shortcut is None else shortcut(rows)
+
+        free = x if shortcut is None else h
+        return self.conv2(self.norm2(h), plus=plus, into=free if overwrite else None)
 
 
 class AttnBlock(nn.Module):

@@ -9,6 +9,8 @@ import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor
 
+from .components import check_numbers
+
 
 class Tiling(AutoencoderMixin):
     """`enable_tiling` and what it sets; the model brings `_moments` and `_pixels` of one tile."""
@@ -44,14 +46,19 @@ class Tiling(AutoencoderMixin):
             tile_overlap_factor: of a side, a whole number of latents (1/8).
 
         Raises:
-            ValueError: tiles that do not consist of whole latents.
+            ValueError: numbers that are no positive integers, or tiles of no whole latents.
         """
         size = _or(tile_sample_min_size, self.tile_sample_min_size)
         frames = _or(tile_sample_min_num_frames, self.tile_sample_min_num_frames)
         latent_frames = _or(tile_latent_min_num_frames, self.tile_latent_min_num_frames)
         overlap = _or(tile_overlap_factor, self.tile_overlap_factor)
         side, time = self.spatial_compression_ratio, self.temporal_compression_ratio
-        if size < side or size % side:
+        check_numbers(
+            tile_sample_min_size=size,
+            tile_sample_min_num_frames=frames,
+            tile_latent_min_num_frames=latent_frames,
+        )
+        if size % side:
             raise ValueError(f"tile_sample_min_size must be a multiple of {side}; got {size}")
         if frames <= time or (frames - 1) % time:
             raise ValueError(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import files, state_dicts
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from .causal_vae import CausalVAE
+from .causal_vae import LEVELS, CausalVAE
+from .components import check_numbers
 
 # Open-Sora-Plan's names, and the published values; sizes alone may be others.
 _SIZES: dict[str, Any] = {
@@ -184,6 +185,7 @@ def _sizes(path: Path) -> dict[str, Any]:
         if config.get(name, value) != value
     }
     sizes = {**_SIZES, **{name: config[name] for name in _SIZES if name in config}}
+    _check_sizes(path, **sizes)
     if config.get("embed_dim", sizes["z_channels"]) != sizes["z_channels"]:
         unsupported.add(f"embed_dim (got {config['embed_dim']!r}, expected z_channels)")
     state_dicts.refuse(f"{path} is of another autoencoder", unsupported=unsupported)
@@ -192,6 +194,21 @@ def _sizes(path: Path) -> dict[str, Any]:
         "layers_per_block": sizes["num_res_blocks"],
         "latent_channels": sizes["z_channels"],
     }
+
+
+def _check_sizes(path: Path, hidden_size: Any, hidden_size_mult: Any, **numbers: Any) -> None:
+    if not isinstance(hidden_size_mult, list) or len(hidden_size_mult) != LEVELS:
+        raise ValueError(
+            f"{path}: hidden_size_mult must be a list of {LEVELS}; got {hidden_size_mult!r}"
+        )
+    numbers |= {f"hidden_size_mult[{i}]": value for i, value in enumerate(hidden_size_mult)}
+    numbers["hidden_size"] = hidden_size
+    check_numbers(**{f"{path}: {name}": value for name, value in numbers.items()})
+    if any(hidden_size * value % 32 for value in hidden_size_mult):
+        raise ValueError(
+            f"{path}: hidden_size times hidden_size_mult must be multiples of 32, the groups of "
+            f"its norms; got {hidden_size} times {hidden_size_mult}"
+        )
 
 
 def _original_config(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether the components of a pipeline, and the arguments of a call, fit."""
+"""Whether the components of a pipeline, and the arguments of a call, fit; what shape they make."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def objective_of(scheduler: Any) -> Objective:
     )
 
 
-def check_fit(transformer: Any, text_encoder: Any, vae: Any) -> None:
-    """Whether the widths of three components agree; there may be no text encoder.
+def check_fit(transformer: Any, text_encoder: Any, vae: Any, tile_vae: bool) -> None:
+    """Whether three components agree; there may be no text encoder.
 
     Raises:
         TypeError: another transformer.
         ValueError: widths that differ, a transformer for classes, an autoencoder that does not say
-            how much it compresses.
+            how much it compresses, or has no tiles where they are wanted.
     """
     own = getattr(transformer, "_orig_mod", transformer)  # what torch.compile has wrapped
     if not isinstance(own, PTDiT):
@@ -52,6 +52,28 @@ def check_fit(transformer: Any, text_encoder: Any, vae: Any) -> None:
             f"transformer has in_channels {config.in_channels}, but vae has {channels} "
             "latent channels"
         )
+    if tile_vae and not hasattr(vae, "use_tiling"):
+        raise ValueError(f"tile_vae needs an autoencoder with tiles; {type(vae).__name__} has none")
+
+
+def latent_shape(
+    transformer: Any, vae: Any, height: int, width: int, num_frames: int | None
+) -> tuple[int, ...]:
+    """(C, f, h, w) of what a call draws.
+
+    Raises:
+        ValueError: sizes that are no whole latents or patches.
+    """
+    temporal, spatial = compression(vae)
+    config, frames = transformer.config, 1 if num_frames is None else num_frames
+    check_numbers(height=height, width=width, num_frames=frames)
+    side = spatial * config.patch_size
+    if height % side or width % side:
+        raise ValueError(f"height and width must be multiples of {side}; got {height}, {width}")
+    if (frames - 1) % temporal:
+        raise ValueError(f"num_frames must be 1 more than a multiple of {temporal}; got {frames}")
+    latent_frames = 1 + (frames - 1) // temporal
+    return config.in_channels, latent_frames, height // spatial, width // spatial
 
 
 def check_numbers(**numbers: Any) -> None:

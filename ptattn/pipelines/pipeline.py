@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..flops import VAE_FACTOR
 from ..flow import FLOW, Guided, Objective, resolution_shift
-from .autoencoder import compression, decode
-from .components import check_fit, check_known, check_numbers, objective_of
+from .autoencoder import decode, tiling
+from .components import check_fit, check_known, check_numbers, latent_shape, objective_of
 from .prompts import as_negatives, as_texts, check_cleaning, check_prompts, clean, encode_texts
 from .transformer import PTDiTTransformer
 
@@ -58,7 +58,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
             trained on v-prediction.
         clean_caption: texts are cleaned as PixArt-α's and the released model's are: lower case,
             without links, markup and more.
-        tile_vae: calls `vae.enable_tiling()`.
+        tile_vae: decodes in tiles; else as `vae` is set, by its `enable_tiling()`.
 
     Raises:
         TypeError: another transformer.
@@ -98,8 +98,6 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         )
         self.register_to_config(clean_caption=clean_caption, tile_vae=tile_vae)
         self._check_components()
-        if tile_vae:
-            vae.enable_tiling()
 
     @classmethod
     def from_pipe(
@@ -212,7 +210,7 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
                 names = callback.tensor_inputs
             check_known("output_type", [output_type], OUTPUT_TYPES)
             check_known("callback_on_step_end_tensor_inputs", names, self._callback_tensor_inputs)
-            shape = self._latent_shape(height, width, num_frames)
+            shape = latent_shape(self.transformer, self.vae, height, width, num_frames)
             given: dict[str, Any] = dict(
                 prompt_embeds=prompt_embeds,
                 prompt_attention_mask=prompt_attention_mask,
@@ -369,27 +367,14 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
     def _finished(self, latents: Tensor, output_type: str, num_frames: int | None) -> Any:
         if output_type == "latent":
             return latents if num_frames is not None else latents[:, :, 0]
-        video = decode(self.vae, latents).float()
+        with tiling(self.vae, self.config.tile_vae):
+            video = decode(self.vae, latents).float()
         processor = VideoProcessor()
         if num_frames is None:
             return processor.postprocess(video[:, :, 0], output_type)
         if video.shape[2] != num_frames:
             logger.warning(f"the autoencoder made {video.shape[2]} frames, not {num_frames}")
         return processor.postprocess_video(video, output_type)
-
-    def _latent_shape(self, height: int, width: int, num_frames: int | None) -> tuple[int, ...]:
-        temporal, spatial = compression(self.vae)
-        config, frames = self.transformer.config, 1 if num_frames is None else num_frames
-        check_numbers(height=height, width=width, num_frames=frames)
-        side = spatial * config.patch_size
-        if height % side or width % side:
-            raise ValueError(f"height and width must be multiples of {side}; got {height}, {width}")
-        if (frames - 1) % temporal:
-            raise ValueError(
-                f"num_frames must be 1 more than a multiple of {temporal}; got {frames}"
-            )
-        latent_frames = 1 + (frames - 1) // temporal
-        return config.in_channels, latent_frames, height // spatial, width // spatial
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
         if isinstance(generator, list) and len(generator) != shape[0]:
@@ -411,5 +396,5 @@ class PTDiTPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # LoRA of the
         ]
         if missing:
             raise ValueError(f"this pipeline needs its components; missing: {missing}")
-        check_fit(self.transformer, self.text_encoder, self.vae)
+        check_fit(self.transformer, self.text_encoder, self.vae, self.config.tile_vae)
         _ = self.objective

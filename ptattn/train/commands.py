@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import files
 from ..capture import CaptureError
 from ..checkpoint import load_model
-from ..command_line import UsageError, count, number
+from ..command_line import UsageError, count, number, seed
 from ..graphs import graphed
 from ..parallel import split_tokens
 from ..parallel.launch import launched
@@ -65,7 +65,7 @@ def add_parsers(commands: Any) -> None:
         "--captions", metavar="FILE", type=Path,
         help="JSON lines, as for ptattn train (default: metadata.jsonl in FOLDER, if there)",
     )  # fmt: skip
-    encode.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    encode.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     encode.set_defaults(run=_encode)
 
     sample = commands.add_parser(
@@ -87,7 +87,7 @@ def add_parsers(commands: Any) -> None:
         "--size", metavar="HEIGHTxWIDTH", type=_size,
         help="in pixels, of a pipeline's images (default: 1024x1024)",
     )  # fmt: skip
-    sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sample.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     sample.add_argument(
         "--graph", action=argparse.BooleanOptionalAction,
         help="replay the model as a CUDA graph (default: on a GPU)",

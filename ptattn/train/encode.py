@@ -33,7 +33,7 @@ def encode(
     captions: Path | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Write a folder of latents, one file for each example, and yield what there is to say.
+    """Write a folder of latents, one file for each example.
 
     Every example is one sample of the autoencoder's distribution, times its scaling factor. The
     folder is there once it is whole: with a `metadata.jsonl` where there are captions, else with a
@@ -46,13 +46,18 @@ def encode(
         size: height and width in pixels that pictures are scaled and cropped to.
         frames: of each piece of a video; 1 takes images.
         captions: their file, by default metadata.jsonl in the folder, if it is there.
-        seed: latents of example i depend on the seed and i.
+        seed: latents of example i depend on the seed and i; 0 or more.
+
+    Returns:
+        What there is to say; the folder is written as this is read.
 
     Raises:
-        ValueError: a path that does not fit, no file that can be used, sizes that the autoencoder
-            cannot give.
+        ValueError: a negative seed, a path that does not fit, sizes that the autoencoder cannot
+            give; as it is read, no file that can be used.
         ImportError: a package that is not installed.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more; got {seed}")
     if out.exists():
         raise ValueError(f"{out} exists already")
     model = load_vae(vae)
@@ -62,6 +67,13 @@ def encode(
     if (frames - 1) % temporal:
         raise ValueError(f"frames must be 1 more than a multiple of {temporal}; got {frames}")
     data = _pictures(folder, size, frames, captions)
+    about = {"vae": str(vae.resolve()), "size": size, "frames": frames}
+    return _encode(data, folder, out, model, seed, about)
+
+
+def _encode(
+    data: Dataset, folder: Path, out: Path, vae: Any, seed: int, about: dict[str, Any]
+) -> Iterator[str]:
     for path, reason in data.skipped:
         yield f"skipped {path}: {reason}"
     yield from data.notes
@@ -70,8 +82,7 @@ def encode(
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        shape = _write(data, model, partial, seed)
-        about = {"vae": str(vae.resolve()), "size": size, "frames": frames}
+        shape = _write(data, vae, partial, seed)
         files.write_json(about, partial / ABOUT)
         partial.rename(out)
     finally:
@@ -102,22 +113,34 @@ def decode(latents: Tensor, folder: Path) -> Tensor:
     """Pictures, uint8 (n, 3, [F,] H, W), of latents (n, C, [f,] h, w) like those in a folder.
 
     Raises:
-        ValueError: a folder that `encode` has not written, or whose autoencoder is gone.
+        ValueError, OSError: as `encoder`.
     """
     from ..pipelines import decode as decode_video
 
-    path = folder / ABOUT
-    if not path.is_file():
-        raise ValueError(f"{folder} was not written by `ptattn encode`: there is no {ABOUT}")
-    vae = load_vae(Path(files.read_json(path)["vae"])).to(latents.device)
+    vae = encoder(folder).to(latents.device)
     video = latents if latents.ndim == 5 else latents[:, :, None]
     with torch.no_grad():  # one by one: pixels take far more memory than latents
         pictures = torch.cat([_bytes(decode_video(vae, one)) for one in video.split(1)])
     return pictures if latents.ndim == 5 else pictures[:, :, 0]
 
 
+def encoder(folder: Path) -> Any:
+    """The autoencoder that a folder of latents was written by.
+
+    Raises:
+        ValueError, OSError: a folder that `encode` has not written, or whose autoencoder is gone.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        raise ValueError(f"{folder} was not written by `ptattn encode`: there is no {ABOUT}")
+    vae = files.read_json(path).get("vae")
+    if not isinstance(vae, str):
+        raise ValueError(f"{path}: vae must be the folder of an autoencoder; got {vae!r}")
+    return load_vae(Path(vae))
+
+
 def load_vae(folder: Path) -> Any:
-    """An autoencoder of ours or of diffusers, in its saved dtype, from its folder."""
+    """An autoencoder of ours or of diffusers from its folder, in float32."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
@@ -125,11 +148,11 @@ def load_vae(folder: Path) -> Any:
     if name == "CausalVAE":
         from ..pipelines import causal_vae_weights
 
-        return causal_vae_weights.load(folder).requires_grad_(False)
+        return causal_vae_weights.load(folder).float().requires_grad_(False)
     family: Any = getattr(need("diffusers"), str(name), None)
     if not hasattr(family, "decode"):
         raise ValueError(f"{path}: _class_name must be of an autoencoder; got {name!r}")
-    return family.from_pretrained(folder).eval().requires_grad_(False)
+    return family.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def _compression(vae: Any) -> tuple[int, int]:

@@ -276,6 +276,31 @@ def test_slabs_leave_no_trace(vae, monkeypatch):
     assert torch.equal(x, before[1])
 
 
+def test_what_hooks_are_given_stays_as_it_was(vae, monkeypatch):
+    """Each block wrote its result into its input, another block's output that a hook had kept."""
+    monkeypatch.setattr(causal_vae_layers, "SLAB", 2**12)
+    x, kept = torch.randn(1, 3, 5, 16, 16), []
+
+    def keep(module, given, made):
+        kept.extend((t, t.clone()) for t in (*given, made) if isinstance(t, torch.Tensor))
+
+    with torch.no_grad():
+        expected = vae(x).sample
+        hooks = [m.register_forward_hook(keep) for m in vae.modules()]
+        assert torch.equal(vae(x).sample, expected)
+        assert len(kept) > 100
+        assert all(torch.equal(now, then) for now, then in kept)
+        for hook in hooks:
+            hook.remove()
+
+        block, x = vae.decoder.mid.block_1, torch.randn(1, 2, 8, 8, 64)
+        given = x.clone()
+        made = block(x)
+        assert torch.equal(x, given)
+        assert torch.equal(block(x, overwrite=True), made)
+        assert torch.equal(x, made)  # the memory of its input
+
+
 def test_a_batch_is_its_samples(vae):
     torch.manual_seed(0)
     x = torch.randn(3, 3, 2, 16, 24)
@@ -367,6 +392,8 @@ def test_tiles_are_the_release_s_by_default(vae):
         (dict(tile_sample_min_num_frames=4), "1 more than a multiple of 4; got 4"),
         (dict(tile_sample_min_num_frames=1), "1 more than a multiple of 4; got 1"),
         (dict(tile_latent_min_num_frames=1), "tile_latent_min_num_frames must be 2 or more; got 1"),
+        (dict(tile_latent_min_num_frames=2.5), r"num_frames must be a positive integer; got 2\.5"),
+        (dict(tile_sample_min_size=512.0), r"min_size must be a positive integer; got 512\.0"),
         (dict(tile_overlap_factor=1.0), "below 1, and a whole number of the 64"),
         (dict(tile_overlap_factor=0.3), "a whole number of the 64 latents .* got 0.3"),
     ],
@@ -437,7 +464,7 @@ def test_autocast(vae):
         (
             "decode",
             torch.zeros(1, 4, 8, 8),
-            r"z must have shape \(B, 4, F, H, W\); got \(1, 4, 8, 8\)",
+            r"z must have shape \(B, 4, F, H, W\) with B and F of at least 1; got \(1, 4, 8, 8\)",
         ),
         (
             "decode",
@@ -448,20 +475,34 @@ def test_autocast(vae):
         (
             "encode",
             torch.zeros(1, 3, 64, 64),
-            r"x must have shape \(B, 3, F, H, W\) with H and W of",
+            r"x must have shape \(B, 3, F, H, W\) with .* H and W of",
         ),
         ("encode", torch.zeros(1, 3, 1, 64, 7), r"at least 8; got \(1, 3, 1, 64, 7\)"),
         ("encode", torch.zeros(1, 1, 1, 64, 64), r"x must have shape \(B, 3, "),
         (
             "encode",
             torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8),
-            "floating point; got torch.uint8",
+            "x must be torch.float32, as the weights are, or use torch.autocast; got torch.uint8",
         ),
+        (
+            "decode",
+            torch.zeros(1, 4, 1, 8, 8).double(),
+            "z must be torch.float32, .* torch.float64",
+        ),
+        (
+            "decode",
+            torch.zeros(1, 4, 1, 8, 8).bfloat16(),
+            "z must be torch.float32, .* torch.bfloat16",
+        ),
+        ("encode", torch.zeros(1, 3, 1, 8, 8, device="meta"), "x must be cpu, .* got meta"),
+        ("encode", torch.zeros(0, 3, 1, 8, 8), r"B and F of at least 1, H and W .* got \(0, 3, 1"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(vae, method, x, message):
     with pytest.raises(ValueError, match=message):
         getattr(vae, method)(x)
+    with pytest.raises(TypeError, match="must be a tensor; got list"):
+        getattr(vae, method)([x])
 
 
 @pytest.mark.parametrize(
@@ -469,6 +510,13 @@ def test_inputs_that_do_not_fit_are_named(vae, method, x, message):
     [
         (dict(block_out_channels=(32, 64)), r"block_out_channels must be 4; got \(32, 64\)"),
         (dict(block_out_channels=(16, 32, 64, 64)), "multiples of norm_num_groups, 32; got"),
+        (
+            dict(block_out_channels=(32, 32, 0, 32)),
+            r"block_out_channels\[2\] must be a positive int",
+        ),
+        (dict(norm_num_groups=0), "norm_num_groups must be a positive integer; got 0"),
+        (dict(latent_channels=0), "latent_channels must be a positive integer; got 0"),
+        (dict(layers_per_block=1.5), r"layers_per_block must be a positive integer; got 1\.5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes, message):

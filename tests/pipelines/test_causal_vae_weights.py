@@ -161,6 +161,8 @@ def test_misuse_is_named_and_nothing_is_written(original, weights, tmp_path):
     mixed = beside("mixed", decoder_attention="AttnBlock3D")
     dropout = beside("dropout", dropout=0.1, embed_dim=8)
     wider = beside("wider", hidden_size=64)
+    no_list = beside("no_list", hidden_size_mult=2)
+    odd, text = beside("odd", hidden_size=100), beside("text", num_res_blocks="2")
     diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "kl")
     torch.save({"state_dict": weights, "hyper": object}, tmp_path / "unsafe.ckpt")
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
@@ -170,6 +172,15 @@ def test_misuse_is_named_and_nothing_is_written(original, weights, tmp_path):
         ((ckpt, out, "--config", mixed), "another autoencoder: .*decoder_attention .got 'AttnB"),
         ((ckpt, out, "--config", dropout), r"dropout \(got 0.1, .*embed_dim \(got 8, expected z_"),
         ((ckpt, out, "--config", wider), r"does not fit .* misshapen: decoder.conv_in.conv.bias"),
+        (
+            (ckpt, out, "--config", no_list),
+            "no_list.json: hidden_size_mult must be a list of 4; got 2",
+        ),
+        ((ckpt, out, "--config", odd), "odd.json: hidden_size times .* of 32, .* got 100 times"),
+        (
+            (ckpt, out, "--config", text),
+            "text.json: num_res_blocks must be a positive int.* got '2'",
+        ),
         ((ckpt, out, "--key", "ema"), "no weights at key 'ema'; it holds encoder.conv_in"),
         ((tmp_path, out), "must hold one checkpoint: .* got empty.ckpt, unsafe.ckpt"),
         ((tmp_path / "kl", out), "does not fit the autoencoder's configuration: unknown"),

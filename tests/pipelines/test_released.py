@@ -60,7 +60,7 @@ def test_the_settings_are_the_release_s(parts):
     assert pipe.text_encoder.dtype == torch.float32
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
     assert pipe.config.clean_caption
-    assert pipe.vae.use_tiling
+    assert pipe.config.tile_vae
     assert pipe.vae.tile_sample_min_size == 512
     embeds, mask, *_ = pipe.encode_prompt("a red cat")
     assert embeds.shape[1] == mask.shape[1] == 200
@@ -76,7 +76,7 @@ def test_the_settings_are_kept(parts, tmp_path):
     assert (same.text_encoder.dtype, same.vae.dtype) == (torch.float32, torch.bfloat16)
     for other in (same, PTDiTPipeline.from_pipe(pipe)):
         assert other.config.clean_caption
-        assert other.vae.use_tiling
+        assert other.config.tile_vae
     plain = PTDiTPipeline.from_pipe(pipe, clean_caption=False)
     assert not plain.config.clean_caption
 

@@ -50,6 +50,41 @@ def test_components_of_another_kind_of_pipeline():
     assert torch.equal(draw(made), draw(pipe))
 
 
+def test_tiles_are_of_one_pipeline_alone(monkeypatch):
+    """They stayed on in the shared autoencoder: in every other pipeline, and for good."""
+    pipe, seen = pipeline(), []
+    vae = pipe.vae
+    decode = type(vae).decode
+
+    def spied(self, *args, **settings):
+        seen.append(self.use_tiling)
+        return decode(self, *args, **settings)
+
+    monkeypatch.setattr(type(vae), "decode", spied)
+    tiled = PTDiTPipeline.from_pipe(pipe, tile_vae=True)
+    for drawing in (pipe, tiled, pipe, PTDiTPipeline.from_pipe(tiled, tile_vae=False)):
+        draw(drawing)
+        assert not vae.use_tiling
+    assert seen == [False, True, False, False]
+    vae.enable_tiling()  # by hand, for all
+    draw(pipe)
+    draw(tiled)
+    assert seen[4:] == [True, True]
+    assert vae.use_tiling
+    vae.disable_tiling()
+
+    def failing(self, *args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(type(vae), "decode", failing)
+    with pytest.raises(MemoryError):
+        draw(tiled)
+    assert not vae.use_tiling
+    del vae.use_tiling
+    with pytest.raises(ValueError, match="tile_vae needs an autoencoder with tiles; AutoencoderKL"):
+        PTDiTPipeline.from_pipe(pipe, tile_vae=True)
+
+
 def test_threads_draw_what_each_draws_alone():
     """One scheduler for all raised IndexError, or drew with another's noise levels
     (huggingface/diffusers#9362, #7851)."""

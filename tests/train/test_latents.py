@@ -17,6 +17,8 @@ from ptattn.pipelines import CausalVAE, encode
 from ptattn.train import config as configs
 from ptattn.train import data
 from ptattn.train.data.stream import LATENT, generator
+from ptattn.train.encode import encode as encode_folder
+from ptattn.train.encode import load_vae
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
@@ -122,6 +124,43 @@ def test_latents_that_do_not_fit_are_named(pictures, capsys):
     run_config(pictures / "run.json", CLASSES, size=(8, 8))
     assert main(["train", "run.json", "--out", "run"]) == 2
     assert "none of 5 files can be used" in capsys.readouterr().err
+
+
+def test_latents_whose_pictures_could_not_be_decoded_are_named_before_a_step(pictures, capsys):
+    """Such a run trained, saved and stopped at its first picture."""
+    assert main(["encode", "pictures", "latents", "--vae", "vae", "--size", "8x12"]) == 0
+    run_config(pictures / "run.json", CLASSES)
+    about = pictures / "latents/.encoding.json"
+    weights = pictures / "vae/diffusion_pytorch_model.safetensors"
+    for break_it, message in (
+        (weights.unlink, "Error no file named diffusion_pytorch_model"),
+        (lambda: (pictures / "vae/config.json").unlink(), "holds no autoencoder: there is no con"),
+        (lambda: about.write_text("{}"), "encoding.json: vae must be the folder of an autoencoder"),
+        (about.unlink, "latents was not written by `ptattn encode`"),
+    ):
+        break_it()
+        assert main(["train", "run.json", "--out", "run"]) == 2
+        assert message in capsys.readouterr().err
+        assert not (pictures / "run/model").exists()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_autoencoder_saved_in_bf16_runs_in_float32(tmp_path, ours):
+    vae = CausalVAE((8, 8, 8, 8), 1, norm_num_groups=4) if ours else image_vae()
+    vae.bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in load_vae(tmp_path).parameters()} == {torch.float32}
+
+
+def test_misuse_is_named_by_the_call_and_a_negative_seed_before_anything_is_read(pictures, capsys):
+    with pytest.raises(ValueError, match="no holds no autoencoder"):
+        encode_folder(pictures / "pictures", pictures / "out", pictures / "no", (8, 12))
+    with pytest.raises(ValueError, match="seed must be 0 or more; got -1"):
+        encode_folder(pictures / "no", pictures / "out", pictures / "no", (8, 12), seed=-1)
+    command = ["encode", "no", "out", "--vae", "no", "--size", "8x12"]
+    for arguments in (command, ["sample", "no", "red"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--seed", "-1"])
+        assert "argument --seed: expected 0 or a positive integer" in capsys.readouterr().err
 
 
 def test_misuse_of_encode_is_named_and_nothing_is_written(pictures, capsys):

@@ -46,7 +46,12 @@ def images(config: Config) -> Dataset:
 
 
 def latents(config: Config) -> Dataset:
-    """What `ptattn encode` has written."""
+    """What `ptattn encode` has written.
+
+    Raises:
+        ValueError, OSError: as `find`, or pictures could not be decoded: as `encode.encoder`.
+    """
+    from ..encode import encoder  # which reads its pictures by this module
 
     def read(path: Path) -> Tensor:
         with reading(path):
@@ -57,7 +62,9 @@ def latents(config: Config) -> Dataset:
                 )
             return found.float()
 
-    return _checked(find(config, frozenset({".safetensors"})), read)
+    found = find(config, frozenset({".safetensors"}))
+    encoder(Path(config.data.folder or ""))  # loaded, as a run draws its first picture late
+    return _checked(found, read)
 
 
 def _checked(files: Files, read: Callable[[Path], Tensor]) -> Dataset:
