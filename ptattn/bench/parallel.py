@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .. import communication, flops
 from ..communication import Traffic
 from ..models import PTDiT, create_model, find_model
-from ..parallel import find_cut, split_tokens
+from ..parallel import Share, find_cut, split_tokens
 from . import floor
 from .clocks import Timing
 from .floor import FORWARD
@@ -46,8 +46,8 @@ NOTES = (
     "10 or 20 µs for each message that is waited for. Neither counts as hidden behind the other: "
     "`split_tokens` sends while it projects, ring attention while it attends.",
     "Memory: weights, gradients and activations of a rank in training, blocks checkpointed, no "
-    "optimizer: on the meta device, of rank 0; of DiT the whole's activations divided by the "
-    "ranks.",
+    "optimizer: on the meta device, of the rank with most tokens for shifted attention; of DiT the "
+    "whole's activations divided by the ranks.",
 )
 
 
@@ -90,8 +90,10 @@ def _row(entry: Entry, size: Size, ranks: int, scheme: str, whole: tuple[int, in
     row.timing = Timing(seconds, seconds, seconds, seconds, 0)
     if family is PTDiT:
         proxies, windows = config.window_grids(grid)
-        facts["parts"] = find_cut(windows, proxies, ranks).parts
-        row.peak = _peak(entry.model, size, ranks)
+        cut = find_cut(windows, proxies, ranks)
+        facts["parts"] = cut.parts
+        tokens = [Share.of(windows, cut, r, "").shifted().num_tokens for r in range(ranks)]
+        row.peak = _peak(entry.model, size, ranks, rank=tokens.index(max(tokens)))
     else:
         fixed, activations = whole
         row.peak = fixed + activations // ranks
@@ -116,9 +118,9 @@ def _block(model: str, size: Size, ranks: int, sent: Traffic, device: Device) ->
     return own + everywhere + (sent.shifted - sent.held) * projected
 
 
-def _peak(model: str, size: Size, ranks: int) -> int:
-    """Bytes of rank 0, which has most tokens for shifted attention."""
-    with communication.pretended(ranks, 0) as mesh:
+def _peak(model: str, size: Size, ranks: int, rank: int) -> int:
+    """Bytes of one rank."""
+    with communication.pretended(ranks, rank) as mesh:
         return sum(_lives(model, size, mesh))
 
 

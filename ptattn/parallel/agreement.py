@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SHOWN = 3  # differences in a message
+ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio: its multiples look random
 
 
 class Agreement:
@@ -55,10 +56,16 @@ class Agreement:
 
 
 def bits(t: Tensor) -> str:
-    """A number that tensors of other values hardly have; exact, whatever the order of sums."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    whole = t.detach().contiguous().flatten().view(kinds[t.element_size()])
-    return str(int(whole.sum(dtype=torch.int64)))
+    """A number that other values, or the same in other places, hardly have.
+
+    A sum of words of at most 32 bits, each by a weight of its place, modulo 2**64: exact, whatever
+    the order of summands.
+    """
+    kinds = {1: torch.int8, 2: torch.int16}
+    whole = t.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    words = whole.view(kinds.get(t.element_size(), torch.int32))
+    places = torch.arange(1, len(words) + 1, device=t.device) * ODD
+    return str(int((words * (places ^ places >> 32)).sum()))
 
 
 def _differences(what: str, everybody: list[tuple[str, dict[str, str]]]) -> str:
@@ -83,5 +90,8 @@ def _on_cpu(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
         return None  # nobody else is there
     if "cpu" in config or "gloo" in config:
         return group
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    backend = group._get_backend(group._device_types[0])
+    return dist.new_group(
+        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True,
+        timeout=backend.options._timeout,
+    )  # fmt: skip

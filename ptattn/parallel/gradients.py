@@ -17,8 +17,9 @@ BUCKET = 2**25  # bytes that are averaged by one collective
 def average(parameters: Iterable[nn.Parameter], ranks: list[int], group: str) -> None:
     """Put the mean over ranks into every `.grad`, in the order of the parameters.
 
-    It may be the mean already, of gradients accumulated before or by DDP: the mean of that is the
-    same. A sharded gradient is the mean over its own mesh.
+    A gradient that is equal on all ranks stays as it is: one averaged in an earlier backward pass,
+    or by DDP. FSDP averages a sharded gradient over its mesh: it is left alone where that mesh has
+    all of these ranks, and is averaged over them where it has not.
 
     Args:
         parameters: the same on every rank, with gradients of the same.

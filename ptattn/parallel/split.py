@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -42,8 +43,8 @@ def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
 
     Raises:
         TypeError: no DeviceMesh.
-        ValueError: a mesh of several dimensions or of another device type than the model, nothing
-            in the model to split, other weights on other ranks.
+        ValueError: a mesh of several dimensions, of another device type than the model or without
+            this rank; nothing in the model to split; other weights on other ranks.
         RuntimeError: split already, or no process group.
 
     Examples:
@@ -69,6 +70,11 @@ def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
         raise ValueError(
             f"mesh must be of the model's device type, {', '.join(sorted(types))}; "
             f"got one of {mesh.device_type}"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"this rank, {dist.get_rank()}, is not of the mesh, whose ranks are "
+            f"{mesh.mesh.tolist()}: those alone call split_tokens"
         )
     made = TokenSplit(mesh)
     made.agreement.check("the model given to split_tokens", _described(model))
@@ -104,8 +110,10 @@ class TokenSplit:
         self.group, self.members = group.group_name, dist.get_process_group_ranks(group)
         self.agreement = Agreement(group)
         self._shares: Memo[tuple[Share, Share]] = Memo()
-        self._compared = False  # values, which are looked at once where that waits for a GPU
-        self._pass, self._parts = -1, list[nn.Module]()  # of the backward pass that goes on
+        # Parts of which values were compared: once, where looking at them waits for a GPU.
+        self._compared = WeakSet[nn.Module]()
+        # By the number of a backward pass that goes on; a reentrant checkpoint's is within another.
+        self._passes: dict[int, list[nn.Module]] = {}
 
     @torch.compiler.disable
     def check(self, part: nn.Module, **inputs: Any) -> None:
@@ -122,19 +130,9 @@ class TokenSplit:
         said = {"mode": f"{_on(part.training, 'training')}, {_on(torch.is_grad_enabled(), 'grad')}"}
         for name, value in inputs.items():
             for path, leaf in tree_flatten_with_path(value)[0]:
-                said[name + keystr(path)] = self._said(leaf)
+                said[name + keystr(path)] = _said(leaf, look=part not in self._compared)
         self.agreement.check(f"a call of {type(part).__name__}", said)
-        self._compared = True
-
-    def _said(self, leaf: Any) -> str:
-        if not isinstance(leaf, Tensor):
-            return repr(leaf)
-        said = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-        if (autocast := context.autocast_dtype(leaf)) is not None:
-            said += f" in autocast of {autocast}"
-        said += " that requires grad" if leaf.requires_grad else ""
-        looked = not self._compared or leaf.device.type == "cpu"
-        return said + (f", values of sum {bits(leaf)}" if looked and not leaf.is_meta else "")
+        self._compared.add(part)
 
     @torch.compiler.disable
     def shares(self, proxies: WindowGrid, windows: WindowGrid) -> tuple[Share, Share]:
@@ -170,16 +168,16 @@ class TokenSplit:
     def _begin_backward(self, part: nn.Module) -> None:
         """Average the gradients of a part's parameters once this backward pass is over."""
         now = context.backward_pass()
-        if now != self._pass:
-            self._pass, self._parts = now, []
+        if now not in self._passes:
+            self._passes[now] = []
             queue = Variable._execution_engine.queue_callback
-            queue(lambda: queue(self._end_backward))  # after DDP's and FSDP's own, queued meanwhile
-        self._parts.append(part)
+            end = partial(self._end_backward, now)
+            queue(lambda: queue(end))  # after DDP's and FSDP's own, queued meanwhile
+        self._passes[now].append(part)
 
-    def _end_backward(self) -> None:
-        parameters = (p for part in self._parts for p in part.parameters())
+    def _end_backward(self, number: int) -> None:
+        parameters = (p for part in self._passes.pop(number) for p in part.parameters())
         average(parameters, self.members, self.group)
-        self._pass, self._parts = -1, []
 
     def __deepcopy__(self, memo: Any) -> TokenSplit:
         return self  # a copy of a split model is split among the same ranks
@@ -213,6 +211,18 @@ def _refuse_dropout(part: nn.Module) -> None:
                 f"{name} drops out in training, at random and so not alike on all ranks of a "
                 f"split; its p must be 0; got {module.p}"
             )
+
+
+def _said(leaf: Any, look: bool) -> str:
+    """An input in words; its values where `look`, and where that waits for nothing."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    said = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    if (autocast := context.autocast_dtype(leaf)) is not None:
+        said += f" in autocast of {autocast}"
+    said += " that requires grad" if leaf.requires_grad else ""
+    look = (look or leaf.device.type == "cpu") and not leaf.is_meta
+    return said + (f", values of checksum {bits(leaf)}" if look else "")
 
 
 def _on(value: bool, name: str) -> str:

@@ -32,7 +32,8 @@ def draw(
         prompts: one for each image.
         size: height and width in pixels.
         graph: whether to replay the transformer as a CUDA graph.
-        mesh: of processes that share the tokens of each image.
+        mesh: of processes that share the tokens of each image; each has the whole pipeline on its
+            device, where one process alone has one component at a time there.
         seed: image i depends on the seed and i, not on the others.
         steps, guidance: by default the pipeline's.
 
@@ -46,10 +47,10 @@ def draw(
     fast = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     dtypes = {"default": fast, "text_encoder": torch.float32}
     pipeline = PTDiTPipeline.from_pretrained(folder, dtype=dtypes)
-    if torch.cuda.is_available():
-        pipeline.enable_model_cpu_offload()
     if mesh is not None:
-        split_tokens(pipeline.transformer, mesh)
+        split_tokens(pipeline.to(mesh.device_type).transformer, mesh)
+    elif torch.cuda.is_available():
+        pipeline.enable_model_cpu_offload()
     if graph:
         pipeline.transformer = graphed(pipeline.transformer)
     height, width = size

@@ -45,6 +45,15 @@ def test_more_gpus_compute_and_hold_less():
     assert four.peak <= two.peak
 
 
+def test_memory_is_of_the_rank_with_most_tokens(monkeypatch):
+    """Three parts of a video's width: the one between two cuts has half a window more."""
+    ranks = []
+    monkeypatch.setattr(parallel, "_peak_of_whole", lambda *_: (0, 0))
+    monkeypatch.setattr(parallel, "_peak", lambda *_, rank: ranks.append(rank) or 0)
+    list(parallel.rows([Size(256, 8)], [3]))
+    assert ranks == [1]
+
+
 def test_one_gpu_sends_nothing(tmp_path, capsys):
     assert main(["bench", "parallel", "--gpus", "1", "--out", str(tmp_path)]) == 2
     assert "2 GPUs at least" in capsys.readouterr().err

@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from ptattn import ProxyAttention, flow, fuse, unfuse
 from ptattn.models import ModelConfig, PTDiT
@@ -151,6 +153,24 @@ def checkpointed(mesh: Any, **options: Any) -> dict[str, float]:
     gold = measured(made, **inputs("video", torch.float64))
     made.blocks.checkpoint(**options)
     return differences(measured(split_tokens(made, mesh), **inputs("video", torch.float64)), gold)
+
+
+class Reentrant(nn.Module):
+    """Two layers, the first of which has its backward pass within the whole's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = attention(), attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + checkpoint(self.first, x, use_reentrant=True)
+        return x + self.second(x)
+
+
+def reentrant(mesh: Any) -> dict[str, float]:
+    random = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 12, 8, 32, generator=random, dtype=torch.float64)
+    return _compare(mesh, Reentrant(), {"x": x})
 
 
 def on_backend(mesh: Any, backend: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What is wrong on one rank ends all of them with a message; none waits forever."""
 
 import copy
+import datetime
 import os
 import pickle
 import time
@@ -9,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ptattn
 from ptattn.models import DiT, ModelConfig
-from ptattn.parallel import join_tokens, split_tokens
+from ptattn.parallel import agreement, join_tokens, split_tokens
 from tests.parallel import cases
 from tests.parallel.ranks import Ranks
 
@@ -44,6 +46,10 @@ def of_other_values(given):
     return {**given, "latents": given["latents"] + 1}
 
 
+def of_the_same_values_elsewhere(given):
+    return {**given, "latents": given["latents"].flip(-1)}
+
+
 def that_require_a_gradient(given):
     return {**given, "latents": given["latents"].requires_grad_()}
 
@@ -61,6 +67,10 @@ def call_without_gradients(mesh, off):
 def split_other_weights(mesh, seed):
     torch.manual_seed(seed)
     split_tokens(ptattn.ProxyAttention(32, 2), mesh)
+
+
+def split_on_the_first_rank(mesh):
+    split_tokens(cases.model("image"), DeviceMesh("cpu", [0]))
 
 
 def call_with_dropout(mesh):
@@ -111,7 +121,8 @@ def miss_a_call(mesh, misses):
     ("change", "message"),
     [
         (of_another_shape, r"latents: float32 \(1, 4, 1, 32, 32\).*rank 0, .*24\).* on rank 1"),
-        (of_other_values, r"latents: .* values of sum -?\d+ on rank 0, .* on rank 1"),
+        (of_other_values, r"latents: .* values of checksum -?\d+ on rank 0, .* on rank 1"),
+        (of_the_same_values_elsewhere, r"latents: .* values of checksum .* on rank 1"),
         (that_require_a_gradient, r"latents: .* on rank 0, .* that requires grad, .* on rank 1"),
         (without_a_mask, r"caption_mask: bool .* on rank 0, None on rank 1"),
     ],
@@ -136,6 +147,13 @@ def test_other_weights_on_one_rank(two):
     for error in two(split_other_weights, each=[0, 1]):
         assert "the model given to split_tokens must be the same on all ranks" in str(error)
         assert str(error).endswith("more")  # the first of many weights
+
+
+def test_a_rank_outside_the_mesh(two):
+    first, second = two(split_on_the_first_rank)
+    assert first is None
+    assert isinstance(second, ValueError)
+    assert "this rank, 1, is not of the mesh, whose ranks are [0]" in str(second)
 
 
 def test_dropout_in_training(two):
@@ -239,6 +257,52 @@ def test_a_split_leaves_the_model_as_it_was(alone):
         pickle.dumps(made)
     pickle.dumps(join_tokens(made))
     assert torch.equal(made(**given), out)
+
+
+def test_values_of_every_part_are_compared_once_on_a_gpu(alone, monkeypatch):
+    """Looking at them waits for the GPU; yet the second layer's are not those of the first."""
+    layers = split_tokens(nn.ModuleList([ptattn.ProxyAttention(32, 2) for _ in range(2)]), alone)
+    split = layers[0].token_split
+    said = []
+    monkeypatch.setattr("ptattn.parallel.split.bits", lambda t: "seen")
+    monkeypatch.setattr(split.agreement, "check", lambda what, own: said.append(own["x"]))
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    for layer in (*layers, *layers):
+        split.check(layer, x=x)
+    assert ["seen" in own for own in said] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (torch.tensor([1, 3, 3, 1]), torch.tensor([3, 1, 1, 3])),
+        (torch.tensor([1, 4, 1]), torch.tensor([2, 2, 2])),
+        (torch.tensor([True, False]), torch.tensor([False, True])),
+        (torch.tensor([1.0, 2.0]).double(), torch.tensor([2.0, 1.0]).double()),
+        (torch.zeros(3), torch.tensor([-0.0, 0.0, 0.0])),
+        (torch.ones(2, dtype=torch.complex128), torch.ones(2, dtype=torch.complex128) * 1j),
+        (torch.tensor([1 + 2j]), torch.tensor([1 + 2j]).conj()),
+        (torch.arange(6.0).view(2, 3), torch.arange(6.0).view(3, 2).T),
+    ],
+)
+def test_a_checksum_tells_values_and_places_apart(ours, theirs):
+    assert agreement.bits(ours) == agreement.bits(ours.clone())
+    assert agreement.bits(ours) != agreement.bits(theirs)
+
+
+def test_ranks_are_compared_within_the_time_out_of_their_group(tmp_path, monkeypatch):
+    """Also where its backend takes no CPU tensors, and another group is made beside it."""
+    limit = datetime.timedelta(seconds=7)
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1, timeout=limit)
+    try:
+        monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        beside = agreement.Agreement(dist.group.WORLD).group
+        assert beside is not dist.group.WORLD
+        assert beside._get_backend(torch.device("cpu")).options._timeout == limit
+    finally:
+        dist.destroy_process_group()
 
 
 def test_no_graph_holds_a_split(alone, monkeypatch):

@@ -47,6 +47,7 @@ def test_proxy_attention_split_as_it_is_whole(ranks):
 COMBINED = {
     "checkpointed": (cases.checkpointed, {}),
     "checkpointed-but-attention": (cases.checkpointed, dict(keep_attention=True)),
+    "checkpointed-reentrant": (cases.reentrant, {}),
     "fused": (cases.fused, {}),
     "accumulated": (cases.accumulated, {}),
     "any-batch": (cases.of_any_batch, {}),

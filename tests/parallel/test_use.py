@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,37 @@ def draw(mesh):
 def test_the_pipeline_on_two_processes(two):
     for whole, split in two.all(draw):
         torch.testing.assert_close(split, whole)
+
+
+class Pipeline:
+    """One of which it is written down where its components are put."""
+
+    transformer = "on the CPU"
+
+    def to(self, device):
+        self.transformer = f"on {device}"
+        return self
+
+    def enable_model_cpu_offload(self):
+        self.transformer = "offloaded"
+
+    def __call__(self, prompt, **options):
+        return SimpleNamespace(images=torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_pipeline_is_offloaded_unless_it_is_split(monkeypatch, split):
+    """What is split by a mesh of GPUs must be on one."""
+    from ptattn.train import pipelines
+
+    pipe, given = Pipeline(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pipelines.PTDiTPipeline, "from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(pipelines, "split_tokens", lambda model, mesh: given.append(model))
+    mesh = SimpleNamespace(device_type="cuda") if split else None
+    pipelines.draw("", ["a cat"], (2, 2), False, mesh, seed=0)
+    assert given == (["on cuda"] if split else [])
+    assert pipe.transformer == ("on cuda" if split else "offloaded")
 
 
 def test_processes_that_token_ranks_do_not_divide(tmp_path):
