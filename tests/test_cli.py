@@ -71,6 +71,7 @@ def check_json(record: dict) -> None:
         assert 0 < row["facts"]["macs_paper"] < row["facts"]["macs"] < 1e10
 
 
+@pytest.mark.long  # waits for processes that a busy machine may starve
 def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     sizes = ["--sizes", "32", "4096", "--budget", "1000000", "--out", str(tmp_path)]
     process = start(*TINY, "none", *sizes, start_new_session=True)
@@ -79,7 +80,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     assert measured[1].startswith("block 32 px b1  forward  DiT/S: eager")
     time.sleep(1)  # until the next has begun
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, the child process too
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "(interrupted)" in stdout
     assert "Traceback" not in stderr

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 def test_every_call_on_cuda_compiles_to_its_kernels():
     """One query that torch.compile cannot trace, reached on CUDA only, once broke them all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
