@@ -27,7 +27,7 @@ from .workloads import DTYPES, Settings, Size
 FILES = ("compare.json", "compare.md", "gflops.png", "latency.png")
 SHARE = 1 / 50  # of the budget, for repeating one case
 CALLS = 2, 20  # of one block
-CHECKED = 1024  # tokens
+CHECKED = 256  # tokens, or two windows a side
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
