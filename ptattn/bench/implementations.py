@@ -98,7 +98,13 @@ class Implementation:
         )
 
         module = copy.deepcopy(self.module)
-        quantize_(module, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        # Its settings for inductor would stay, and change what is compiled afterwards.
+        quantize_(
+            module,
+            Float8DynamicActivationFloat8WeightConfig(
+                granularity=PerRow(), set_inductor_config=False
+            ),
+        )
         name = f"{self.name} fp8"
         return replace(self, name=name, module=module, for_inference=True, quantized=True)
 

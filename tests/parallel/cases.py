@@ -312,7 +312,7 @@ def _full(found: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def probe(out: torch.Tensor) -> torch.Tensor:
     random = torch.Generator().manual_seed(3)
-    return torch.randn(out.shape, generator=random).to(out.dtype)
+    return torch.randn(out.shape, generator=random).to(out)
 
 
 def of(made: Any, found: dict[str, Any]) -> dict[str, Any]:
