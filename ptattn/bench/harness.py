@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch._functorch.config
 
 from .. import environment
 from .clocks import LONG_RUN, Clock, Rates
@@ -186,9 +187,13 @@ def run_here(workload: Workload, bench: Bench) -> list[Row]:
 
 def _room_for_graphs() -> AbstractContextManager[Any]:
     """What is compiled shares its outermost code, of which torch keeps so many graphs: those of
-    other workloads are dropped first."""
+    other workloads are dropped first. Nor are graphs kept on disk, where torch finds them again
+    whatever attention kernel is asked for now."""
     torch.compiler.reset()
-    return torch._dynamo.config.patch(cache_size_limit=GRAPHS)
+    stack = ExitStack()
+    stack.enter_context(torch._dynamo.config.patch(cache_size_limit=GRAPHS))
+    stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+    return stack
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -199,7 +200,10 @@ class ModelWorkload:
             ways.append((GRAPH, name, lambda: own))
         if bench.quantized and self.task == FORWARD and name != f"{entry.name} fused":
             # torchao takes some devices and layers alone: to refuse is no fault of the model's.
-            ways.append((COMPILED, f"{name} fp8", lambda: own.fp8().compiled()))
+            eight = functools.cache(lambda: own.fp8().compiled())
+            ways.append((COMPILED, f"{name} fp8", eight))
+            if bench.device == "cuda":
+                ways.append((GRAPH, f"{name} fp8", eight))
         for mode, shown, way in ways:
             try:
                 with torch.set_grad_enabled(self.task != FORWARD):
