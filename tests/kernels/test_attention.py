@@ -41,6 +41,7 @@ LARGE = {
     "frames": ((7, 3, 4), (6, 3, 4), (2, 0, 0)),
     "over-axis": ((5, 6), (8, 16), (4, 8)),
 }
+HALF_AND_LONG = [torch.float16, pytest.param(torch.float32, marks=pytest.mark.long)]
 TINY = ((3, 5), (2, 2), (1, 1))
 TINY_LARGE = ((3, 5), (9, 8), (4, 4))
 SMALL = [name for name, (_, window, _) in GRIDS.items() if math.prod(window) <= 64]
@@ -61,7 +62,7 @@ def test_small_windows_in_every_type(dtype):
     check_windows(dtype=dtype, **one_head, head_dim=72)
 
 
-@each("dtype", [torch.float16, torch.float32])
+@each("dtype", HALF_AND_LONG)
 @pytest.mark.parametrize("grid", [(8, 30), (9, 17)], ids=["four and one", "four and two"])
 def test_small_windows_of_several_tiles_a_program(grid, dtype, monkeypatch):
     """The last program walks over what is left."""
@@ -71,7 +72,7 @@ def test_small_windows_of_several_tiles_a_program(grid, dtype, monkeypatch):
     host.forget_plans()
 
 
-@each("dtype", [torch.float16, torch.float32])
+@each("dtype", HALF_AND_LONG)
 @each("case", LARGE)
 def test_large_windows(case, dtype):
     check_windows(LARGE[case], dtype, batch=1, heads=2, head_dim=24)

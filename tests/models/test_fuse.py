@@ -125,7 +125,7 @@ def test_moves_with_the_model():
         assert model(inputs[0].double(), inputs[1], **condition).dtype == torch.float64
 
 
-@each_name
+@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.long), NAMES[1]])
 def test_compiles_to_one_graph(name):
     model, inputs, condition = model_and_inputs(name, depth=1)
     ptattn.fuse(model)

@@ -238,6 +238,7 @@ def test_gradients_reach_the_texts_layers_through_a_prepared_caption():
         assert same_bits(gradients(model, inputs, run), expected)
 
 
+@pytest.mark.long
 def test_a_prepared_caption_compiles():
     """It is a plain tree of tensors."""
     model = tiny("pt-dit-xl", depth=1)
@@ -337,7 +338,9 @@ def test_a_sampling_run_of_offloaded_weights(how):
     assert torch.equal(sampled(model, inputs, 4.0), expected)
 
 
-@pytest.mark.parametrize("how", ["compiled", "wrapped", "wrapped block"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("compiled", marks=pytest.mark.long), "wrapped", "wrapped block"]
+)
 def test_a_sampling_run_of_a_wrapped_model(how):
     """Of a wrapper, which may hold the weights, nothing is asked but its forward."""
     pytest.importorskip("diffusers")

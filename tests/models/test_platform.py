@@ -18,6 +18,11 @@ import ptattn
 from ptattn.bench.memory import LiveBytes
 from tests.models.test_models import NAMES, condition_for, small
 
+# What takes long to trace, by one model at every change, and by the others in the long tests.
+BY_ONE = [
+    "pt-dit-s-class",
+    *(pytest.param(n, marks=pytest.mark.long) for n in NAMES if "s-class" not in n),
+]
 TINY = dict(dim=32, num_heads=2, window=(1, 2, 3))
 
 
@@ -60,7 +65,7 @@ def _nothing_is_compiled():
 # torch.compile.
 
 
-@pytest.mark.parametrize("name", ["pt-dit-xl", "dit-s", "pixart-alpha"])
+@pytest.mark.parametrize("name", BY_ONE)
 def test_each_model_is_one_graph(name):
     model = tiny(name, depth=1)
     inputs = batch_for(model, 4, 8)
@@ -78,6 +83,7 @@ def test_inductor_runs_a_whole_model():
     close(gradients(model, inputs, compiled), gradients(model, inputs))
 
 
+@pytest.mark.long
 def test_no_resolution_past_the_second_compiles():
     """The window is the configuration's; one that follows the resolution is a graph per window."""
     model = tiny("pt-dit-s-class", depth=1, backend="triton")
@@ -92,7 +98,7 @@ def test_no_resolution_past_the_second_compiles():
     assert counts == [1, 2, 2]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_ONE)
 def test_exports_with_any_batch(name):
     model = tiny(name).eval()
     inputs = batch_for(model, 6, 10)
