@@ -1,24 +1,34 @@
-"""A kernel launch compiled for a GPU that need not be there, and what its code says of itself."""
+"""The kernels of an operation, compiled for a GPU that need not be there, and what their code says.
+
+They are recorded from a call on tensors without data, and each is compiled once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource
 
-from benchmarks import roofline, sass
+from benchmarks import sass
 from benchmarks.sass import Code
+from ptattn.bench.op_workloads import Operation
+from ptattn.kernels import host
 from ptattn.kernels.host import Launch
 
 TARGETS = {
@@ -53,37 +63,63 @@ class Tiles:
     """What the compiler made of the products and loads in the source."""
 
     on_wgmma: int
-    elsewhere: tuple[str, ...]  # shapes of the other products, with the reason
+    elsewhere: tuple[str, ...]  # rows x inner x columns of the other products
     wide_loads: int  # that the tiles take, if each is loaded 16 bytes at a time
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """`instructions` and `tiles` are known for sm90 only, `code` where SASS was read."""
+    """Instructions, tiles and code are read for sm90 only."""
 
     resources: Resources
     shared: int  # bytes
-    seconds: float
     instructions: Instructions | None = None
     tiles: Tiles | None = None
     code: Code | None = None
 
 
-# ptxas makes each of these PTX instructions the SASS one; but to disassemble takes half a second.
-DIALECTS = {
-    "sass": (r"\bHGMMA\b", r"\b[BDHIQ]MMA\b", r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b"),
-    "ptx": (
-        r"\bwgmma\.mma_async",
-        r"\bmma\.sync",
-        r"\bld\.global[\w.:]*\.v4\.b32|\bcp\.async\.cg\.shared\.global .*, 0x10,",
-    ),
-}
+# In SASS: products on wgmma, those of older tensor cores, loads of 16 bytes from global memory.
+COUNTED = (r"\bHGMMA\b", r"\b[BDHIQ]MMA\b", r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b")
+
+
+def launches(
+    operation: Operation,
+    task: str,
+    arch: str,
+    dtype: torch.dtype = torch.bfloat16,
+    key_mask: Tensor | None = None,
+) -> list[Launch]:
+    """What the forward without gradients, or the backward alone, would start."""
+    inputs = operation.inputs("meta")
+    tensors = tuple(t if t.dtype == dtype else _leaf(t, dtype) for t in inputs.tensors)
+    mask = inputs.key_mask if key_mask is None else key_mask
+    # What has no data is sent to the fake kernels, unless nothing seems to look.
+    with mock.patch("ptattn.backends.operator.observed", return_value=False):
+        with host.record(arch) as found, torch.set_grad_enabled(task != "forward"):
+            outputs = operation.call("triton", tensors, mask)
+        if task == "forward":
+            return found
+        with host.record(arch) as found:
+            torch.autograd.grad(outputs, tensors, [g.to(dtype) for g in inputs.upstream])
+        return found
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).requires_grad_()
+
+
+def values(launch: Launch) -> dict[str, Any]:
+    """The runtime arguments by name."""
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    return dict(zip(names, launch.args, strict=True))
 
 
 def source(launch: Launch) -> ASTSource:
     """What the launch would compile: pointers are 16-byte aligned, as torch's allocator makes."""
+    if host.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     signature, constants, attributes = {}, {}, {}
-    given = roofline.values(launch)
+    given = values(launch)
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
@@ -97,32 +133,50 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def build(launch: Launch, arch: str, dialect: str = "sass") -> Compiled:
+def key(launch: Launch) -> str:
+    """Of launches that share a compilation."""
+    code, config = source(launch), launch.config
+    return f"{code.name} {code.signature} {code.constants} {config.warps} {config.stages}"
+
+
+_forked: list[Launch] = []  # launches cannot be sent to a process, but a forked one has them
+
+
+def build_all(found: Sequence[Launch], arch: str, processes: int) -> Iterator[Compiled | str]:
+    """What came of compiling each, or its error."""
+    _forked[:] = found
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_build, range(len(found)), [arch] * len(found))
+
+
+def _build(index: int, arch: str) -> Compiled | str:
+    try:
+        return build(_forked[index], arch)
+    except Exception as raised:  # whatever a compiler raises
+        return f"{type(raised).__name__}: {raised}"
+
+
+def build(launch: Launch, arch: str) -> Compiled:
     """Compile anew, whatever Triton's cache holds: only then does ptxas say what it did."""
     options = dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
-    start, log = time.perf_counter(), io.StringIO()
+    log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
         kernel = triton.compile(source(launch), target=TARGETS[arch], options=options)
-    seconds = time.perf_counter() - start
     shared = kernel.metadata.shared
     if TARGETS[arch].backend == "hip":
-        return Compiled(parse_amdgcn(kernel.asm["amdgcn"]), shared, seconds)
+        return Compiled(parse_amdgcn(kernel.asm["amdgcn"]), shared)
     resources = parse_ptxas(log.getvalue())
     if arch != "sm90":
-        return Compiled(resources, shared, seconds)
-    text = _text(kernel, dialect)
-    instructions = count_instructions(text, dialect)
+        return Compiled(resources, shared)
+    text = disassemble(kernel.asm["cubin"])
     tiles = parse_ttgir(kernel.asm["ttgir"], 32 * launch.config.warps)
-    code = sass.read(text) if dialect == "sass" else None
-    return Compiled(resources, shared, seconds, instructions, tiles, code)
+    return Compiled(resources, shared, count_instructions(text), tiles, sass.read(text))
 
 
-def _text(kernel: CompiledKernel, dialect: str) -> str:
-    if dialect == "ptx":
-        return kernel.asm["ptx"]
+def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -150,26 +204,17 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def count_instructions(text: str, dialect: str) -> Instructions:
-    return Instructions(*(len(re.findall(pattern, text)) for pattern in DIALECTS[dialect]))
+def count_instructions(text: str) -> Instructions:
+    return Instructions(*(len(re.findall(pattern, text)) for pattern in COUNTED))
 
 
 def parse_ttgir(text: str, threads: int) -> Tiles:
-    dots = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)x.* \* tensor<\d+x(\d+)x", text)
+    dots = re.findall(r"= tt\.dot .*: tensor<(\d+x\d+)x.* \* tensor<\d+x(\d+)x", text)
     return Tiles(
         len(re.findall(r"= ttng\.warp_group_dot ", text)),
-        tuple(_without_wgmma(*map(int, shape)) for shape in dots),
+        tuple("x".join(shape) for shape in dots),
         sum(_wide_loads(line, threads) for line in text.splitlines()),
     )
-
-
-def _without_wgmma(rows: int, inner: int, columns: int) -> str:
-    too_small = [
-        f"{size} {name}, wgmma takes {least}"
-        for name, size, least in (("rows", rows, 64), ("inner", inner, 16), ("columns", columns, 8))
-        if size < least
-    ]
-    return f"{rows}x{inner}x{columns} ({'; '.join(too_small) or 'its shape would allow wgmma'})"
 
 
 def _wide_loads(line: str, threads: int) -> int:
