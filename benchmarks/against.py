@@ -25,15 +25,14 @@ from ptattn.bench.results import OK, Row
 from ptattn.command_line import UsageError
 
 ARCH = "sm90"
-LIMITS = (1.5, 1.25)  # what is close
 
 
-def predictions(rows: Sequence[Row], copy_rate: float, processes: int) -> list[float]:
+def predictions(rows: Sequence[Row], copy_rate: float) -> list[float]:
     """Seconds of each row, by this checkout's kernels, each compiled once."""
     operations = {str(operation): operation for operation in op_workloads.operations()}
     launches = [compiled.launches(operations[row.workload], row.task, ARCH) for row in rows]
     distinct = {compiled.key(launch): launch for own in launches for launch in own}
-    built = compiled.build_all([*distinct.values()], ARCH, processes)
+    built = compiled.build_all([*distinct.values()], ARCH)
     known = dict(zip(distinct, built, strict=True))
     if failed := [f"{key}: {one}" for key, one in known.items() if isinstance(one, str)]:
         sys.exit(f"what does not build has no prediction: {failed}")
@@ -54,11 +53,8 @@ def report(rows: Sequence[Row], predicted: Sequence[float]) -> Iterator[str]:
     ]
     titles = ("operation", "task", "measured, µs", "predicted, µs", "÷ measured")
     yield table(titles, lines) + "\n"
-    near = [sum(1 / limit <= r <= limit for r in ratios) for limit in LIMITS]
-    shares = (
-        f"within {limit}× in {n} ({n / len(ratios):.0%})"
-        for limit, n in zip(LIMITS, near, strict=True)
-    )
+    near = {limit: sum(1 / limit <= r <= limit for r in ratios) for limit in (1.5, 1.25)}
+    shares = (f"within {limit}× in {n} ({n / len(ratios):.0%})" for limit, n in near.items())
     yield (
         f"Predicted over measured, in {len(ratios)} rows: {', '.join(shares)}, from "
         f"{min(ratios):.2f} to {max(ratios):.2f}, geometric mean "
@@ -71,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, help="a result of `ptattn bench ops` or `gpu`")
     parser.add_argument("--only", metavar="REGEX", type=pattern, default=re.compile(""))
-    parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
     try:
         result = results.load(args.file)
@@ -85,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if not rows:
         parser.error(f"no operation of ours in {args.file} matches {args.only.pattern!r}")
-    print(*report(rows, predictions(rows, result.rates["copy"], args.processes)), sep="\n")
+    print(*report(rows, predictions(rows, result.rates["copy"])), sep="\n")
     return 0
 
 

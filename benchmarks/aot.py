@@ -14,8 +14,9 @@ that the tiles take, "per SM" the programs that a multiprocessor holds.
 avoids it, loads that are not pipelined, may cost more.
 
 Times are predicted for an H200, by `roofline`, at one sample of 16 heads and 128 x 128 tokens, or
-8 x 64 x 64 tokens where the window has frames. Windows of attention are shifted by half. How far
-such predictions are from what was measured: `python -m benchmarks.against`.
+8 x 64 x 64 tokens where the window has frames, or the queries that the case has. Windows of
+attention are shifted by half. How far such predictions are from what was measured:
+`python -m benchmarks.against`.
 """
 
 from __future__ import annotations
@@ -122,20 +123,14 @@ class Row:
         return f"{self.arch} {self.case.width} {self.kernel} {self.case}"
 
 
-def rows(arch: str, of: Sequence[Case], processes: int) -> Iterator[Row]:
+def rows(arch: str, of: Sequence[Case]) -> Iterator[Row]:
     first: dict[str, tuple[Case, Launch]] = {}
     for case in of:
         for launch in case.launches(arch):
             first.setdefault(compiled.key(launch), (case, launch))
-    built = compiled.build_all([launch for _, launch in first.values()], arch, processes)
+    built = compiled.build_all([launch for _, launch in first.values()], arch)
     for (case, launch), one in zip(first.values(), built, strict=True):
         yield Row(arch, case, launch, one)
-
-
-COLUMNS = (
-    *("arch", "width", "kernel", "case", "tile", "warps", "stages", "regs", "shared", "spill"),
-    *("wgmma", "16-byte", "per SM", "µs", "check"),
-)
 
 
 def figures(row: Row) -> dict[str, Any]:
@@ -150,27 +145,25 @@ def figures(row: Row) -> dict[str, Any]:
         "tile": "x".join(filter(None, tile)),
         "warps": launch.config.warps,
         "stages": launch.config.stages,
-        "check": "FAILED" if failures(row) else "ok",
     }
-    if isinstance(built, str):
-        return found
-    known = built.resources
-    found |= {"regs": known.registers, "shared": built.shared, "spill": known.spilled}
-    if built.code is not None:
-        start = roofline.start(launch, built)
-        found |= {
-            "wgmma": _wgmma(built),
-            "16-byte": f"{built.instructions.wide_loads}/{built.tiles.wide_loads}",
-            "per SM": start.per_sm,
-            "µs": round(roofline.predict(start) * 1e6, 1),
-        }
-    return found
+    if isinstance(built, Compiled):
+        known = built.resources
+        found |= {"regs": known.registers, "shared": built.shared, "spill": known.spilled}
+        if built.code is not None:
+            start = roofline.start(launch, built)
+            found |= {
+                "wgmma": _wgmma(built),
+                "16-byte": f"{built.hopper.wide_loads}/{built.hopper.tile_loads}",
+                "per SM": start.per_sm,
+                "µs": round(roofline.predict(start) * 1e6, 1),
+            }
+    return found | {"check": "FAILED" if failures(row) else "ok"}
 
 
 def _wgmma(built: Compiled) -> str:
-    if built.tiles.elsewhere or built.instructions.other_products:
+    if built.hopper.elsewhere or built.hopper.older:
         return "no"
-    if not built.tiles.on_wgmma:
+    if not built.hopper.on_wgmma:
         return ""
     return "serial" if built.resources.serialized else "yes"
 
@@ -186,18 +179,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
     parser.add_argument("--only", metavar="REGEX", type=pattern, default=re.compile(""),
                         help="cases, such as 'bf16 D72'")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     chosen = [case for case in cases() if args.only.search(f"{case.width} {case}")]
     if not chosen:
         parser.error(f"no case matches {args.only.pattern!r}; one is {next(cases()).width!r}")
-    found = [row for arch in args.arch for row in rows(arch, chosen, args.processes)]
+    found = [row for arch in args.arch for row in rows(arch, chosen)]
     if args.json:
         text = json.dumps([as_json(row) for row in found], indent=1)
         args.json.write_text(text, encoding="utf-8")
     shown = [figures(row) for row in found]
-    print(table(COLUMNS, ([one.get(name, "") for name in COLUMNS] for one in shown)))
+    titles = [*max(shown, key=len)]
+    print(table(titles, ([one.get(title, "") for title in titles] for one in shown)))
     failed = [f"{row.label}: {text}" for row in found for text in failures(row)]
     print(f"\nCompiled: {len(found)}. Failed checks: {len(failed)}.", *failed, sep="\n")
     return bool(failed)

@@ -66,14 +66,14 @@ def _excused(row: Row) -> int:
 
 
 def _failures_on_hopper(row: Row, built: Compiled) -> Iterator[str]:
-    instructions, tiles = built.instructions, built.tiles
-    if tiles.elsewhere or instructions.other_products or instructions.wgmma < tiles.on_wgmma:
+    found = built.hopper
+    if found.elsewhere or found.older or found.wgmma < found.on_wgmma:
         yield (
-            f"{instructions.wgmma} wgmma instructions and {instructions.other_products} older ones "
-            f"for {tiles.on_wgmma} products on wgmma; not on it: {list(tiles.elsewhere)}"
+            f"{found.wgmma} wgmma instructions and {found.older} older ones for {found.on_wgmma} "
+            f"products on wgmma; not on it: {list(found.elsewhere)}"
         )
-    if instructions.wide_loads < tiles.wide_loads:
-        yield f"{instructions.wide_loads} loads of 16 bytes; its tiles take {tiles.wide_loads}"
+    if found.wide_loads < found.tile_loads:
+        yield f"{found.wide_loads} loads of 16 bytes; its tiles take {found.tile_loads}"
     watched = row.kernel.startswith(roofline.PRODUCTS) or row.kernel.endswith("_backward")
     excused = any(re.search(pattern, row.label) for pattern in ALONE)
     warps = row.launch.config.warps

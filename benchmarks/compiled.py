@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -52,30 +53,23 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Instructions:
+class Hopper:
+    """Of a kernel for sm90: instructions, and what they must be for the source's tiles."""
+
     wgmma: int
-    other_products: int  # of tensor cores, but older than Hopper's
+    older: int  # products by the tensor cores of older GPUs
     wide_loads: int  # of 16 bytes, from global memory
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What the compiler made of the products and loads in the source."""
-
-    on_wgmma: int
+    on_wgmma: int  # products that the compiler has put there
     elsewhere: tuple[str, ...]  # rows x inner x columns of the other products
-    wide_loads: int  # that the tiles take, if each is loaded 16 bytes at a time
+    tile_loads: int  # that the tiles take, if each is loaded 16 bytes at a time
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Instructions, tiles and code are read for sm90 only."""
-
     resources: Resources
     shared: int  # bytes
-    instructions: Instructions | None = None
-    tiles: Tiles | None = None
-    code: Code | None = None
+    hopper: Hopper | None = None
+    code: Code | None = None  # where `hopper` is
 
 
 # In SASS: products on wgmma, those of older tensor cores, loads of 16 bytes from global memory.
@@ -91,7 +85,7 @@ def launches(
 ) -> list[Launch]:
     """What the forward without gradients, or the backward alone, would start."""
     inputs = operation.inputs("meta")
-    tensors = tuple(t if t.dtype == dtype else _leaf(t, dtype) for t in inputs.tensors)
+    tensors = tuple(t.detach().to(dtype).requires_grad_() for t in inputs.tensors)
     mask = inputs.key_mask if key_mask is None else key_mask
     # What has no data is sent to the fake kernels, unless nothing seems to look.
     with mock.patch("ptattn.backends.operator.observed", return_value=False):
@@ -102,10 +96,6 @@ def launches(
         with host.record(arch) as found:
             torch.autograd.grad(outputs, tensors, [g.to(dtype) for g in inputs.upstream])
         return found
-
-
-def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype).requires_grad_()
 
 
 def values(launch: Launch) -> dict[str, Any]:
@@ -142,10 +132,10 @@ def key(launch: Launch) -> str:
 _forked: list[Launch] = []  # launches cannot be sent to a process, but a forked one has them
 
 
-def build_all(found: Sequence[Launch], arch: str, processes: int) -> Iterator[Compiled | str]:
-    """What came of compiling each, or its error."""
+def build_all(found: Sequence[Launch], arch: str) -> Iterator[Compiled | str]:
+    """What came of compiling each, or its error; as many at a time as there are cores."""
     _forked[:] = found
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         yield from pool.map(_build, range(len(found)), [arch] * len(found))
 
 
@@ -170,8 +160,8 @@ def build(launch: Launch, arch: str) -> Compiled:
     if arch != "sm90":
         return Compiled(resources, shared)
     text = disassemble(kernel.asm["cubin"])
-    tiles = parse_ttgir(kernel.asm["ttgir"], 32 * launch.config.warps)
-    return Compiled(resources, shared, count_instructions(text), tiles, sass.read(text))
+    hopper = parse_hopper(text, kernel.asm["ttgir"], 32 * launch.config.warps)
+    return Compiled(resources, shared, hopper, sass.read(text))
 
 
 def disassemble(cubin: bytes) -> str:
@@ -204,20 +194,18 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def count_instructions(text: str) -> Instructions:
-    return Instructions(*(len(re.findall(pattern, text)) for pattern in COUNTED))
-
-
-def parse_ttgir(text: str, threads: int) -> Tiles:
-    dots = re.findall(r"= tt\.dot .*: tensor<(\d+x\d+)x.* \* tensor<\d+x(\d+)x", text)
-    return Tiles(
-        len(re.findall(r"= ttng\.warp_group_dot ", text)),
+def parse_hopper(text: str, ttgir: str, threads: int) -> Hopper:
+    """SASS, and Triton's last form with tiles."""
+    dots = re.findall(r"= tt\.dot .*: tensor<(\d+x\d+)x.* \* tensor<\d+x(\d+)x", ttgir)
+    return Hopper(
+        *(len(re.findall(pattern, text)) for pattern in COUNTED),
+        len(re.findall(r"= ttng\.warp_group_dot ", ttgir)),
         tuple("x".join(shape) for shape in dots),
-        sum(_wide_loads(line, threads) for line in text.splitlines()),
+        sum(_tile_loads(line, threads) for line in ttgir.splitlines()),
     )
 
 
-def _wide_loads(line: str, threads: int) -> int:
+def _tile_loads(line: str, threads: int) -> int:
     """16-byte loads that one thread needs for the tile of this line; none for small tiles."""
     tile = re.search(
         r"(?:= tt\.load|ttg\.async_copy_global_to_local) .*"

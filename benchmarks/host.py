@@ -26,7 +26,7 @@ import os
 import re
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +59,7 @@ GRID, HEADS, HEAD_DIM = (8, 8), 2, 16
 TOKENS, CHANNELS = 64, HEADS * HEAD_DIM
 # A window of more than 64 tokens takes the other kernels, also where it is larger than the grid.
 SMALL, LARGE = (4, 4), (16, 16)
-WARM_UP = 5  # calls
-SECONDS = 0.3  # of timing a case and task
+WARM_UP, TIMED = 5, 100  # calls
 
 
 @dataclass(frozen=True)
@@ -225,15 +224,8 @@ def count(name: str, task: str) -> Counts:
 
 def seconds(name: str, task: str) -> float:
     """The median of a call."""
-    times: list[float] = []
-    with _ready(name, task) as (run, launches):
-        end = time.perf_counter() + SECONDS
-        while time.perf_counter() < end:
-            launches.clear()  # they hold their tensors
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    with _ready(name, task) as (run, _):
+        return statistics.median(timeit.repeat(run, number=1, repeat=TIMED))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ schedule does not show.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -163,14 +164,10 @@ def _pairs(launch: Launch) -> int:
 def _padded_window_pairs(windows: WindowGrid, rows: int, keys: int) -> int:
     """Of windows that loop over their keys in blocks of `keys`."""
     total = 0
-    for frames in windows.segments(0):
-        for lines in windows.segments(1):
-            for columns in windows.segments(2):
-                runs = (frames, lines, columns)
-                count = math.prod(run.number for run in runs)
-                extents = [run.size for run in runs]
-                blocks = [host.blocks_of_box(extents, size) * size for size in (rows, keys)]
-                total += count * math.prod(blocks)
+    for runs in itertools.product(*map(windows.segments, range(3))):
+        extents = [run.size for run in runs]
+        blocks = [host.blocks_of_box(extents, size) * size for size in (rows, keys)]
+        total += math.prod(run.number for run in runs) * math.prod(blocks)
     return total
 
 

@@ -61,26 +61,25 @@ class Job:
 
 
 def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Operation:
-    return Operation(op, "tune", "x".join(map(str, grid)), grid, window, HEADS, head_dim, batch)
+    return Operation(op, "tune", str(grid), grid, window, HEADS, head_dim, batch)
 
 
 def jobs() -> list[Job]:
     """The most important first: the paper's head dim before the others."""
     bounds = (("max_bytes", 2), ("max_channels", 2048))  # wide tokens need their own warps
+    norms, pools = (
+        (_case(op, 72, LARGE, (1, 16, 16)), _case(op, 72, VIDEO, (4, 4, 4)))
+        for op in ("norm", "norm-pool")
+    )
     found = [
-        Job("norm_forward", bounds, _passes("norm")),
-        Job("pool_forward", bounds, _passes("norm-pool")),
-        Job("norm_backward", (*bounds, ("max_means", 0)), _passes("norm")),
-        Job("norm_backward", bounds, _passes("norm-pool")),
+        Job("norm_forward", bounds, norms),
+        Job("pool_forward", bounds, pools),
+        Job("norm_backward", (*bounds, ("max_means", 0)), norms),
+        Job("norm_backward", bounds, pools),
     ]
     for channels, head_dim in HEAD_DIMS.items():
         found += _attention_jobs(channels, head_dim)
     return found
-
-
-def _passes(op: str) -> tuple[Operation, ...]:
-    cases = ((LARGE, (1, 16, 16)), (VIDEO, (4, 4, 4)))
-    return tuple(_case(op, 72, grid, window) for grid, window in cases)
 
 
 def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
@@ -158,15 +157,10 @@ def setting(arch: str, kernel: str, config: Config) -> Iterator[None]:
 def entries(kernel: str, settings: Mapping[Job, Config]) -> list[dict[str, int]]:
     """Of all classes of a kernel, as bounds are upper ones only: without entries of their own the
     others would take that of the one that changed. Narrow bounds first, the defaults after them."""
-    own = sorted((job for job in settings if job.kernel == kernel), key=_narrowness)
-    found = [dict(job.bounds) | asdict(settings[job]) for job in own]
-    return found + configs.table()["default"][kernel]
-
-
-def _narrowness(job: Job) -> tuple[float, ...]:
-    bounds = dict(job.bounds)
     names = ("max_channels", "max_keys", "max_queries", "max_means")
-    return tuple(bounds.get(name, math.inf) for name in names)
+    own = [dict(job.bounds) | asdict(settings[job]) for job in settings if job.kernel == kernel]
+    own.sort(key=lambda entry: [entry.get(name, math.inf) for name in names])
+    return own + configs.table()["default"][kernel]
 
 
 # Trying.

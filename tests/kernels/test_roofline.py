@@ -261,7 +261,7 @@ def test_a_pattern_that_fits_no_operation_is_an_error(capsys):
 @pytest.mark.long
 def test_a_checkout_is_held_against_a_run():
     command = [sys.executable, "-m", "benchmarks.against", str(RUN / "ops.json")]
-    command += ["--only", "norm XL 1024 px w1x8x8 b1 forward", "--processes", "1"]
+    command += ["--only", "norm XL 1024 px w1x8x8 b1 forward"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
