@@ -11,106 +11,54 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
+import re
+import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
-import torch
-
-from benchmarks import aot, compiled, roofline
-from benchmarks.compiled import Compiled
-from benchmarks.roofline import Start
+from benchmarks import compiled, roofline
+from benchmarks.tables import table
 from ptattn.bench import op_workloads, results
+from ptattn.bench.command import pattern
 from ptattn.bench.results import OK, Row
 from ptattn.command_line import UsageError
-from ptattn.kernels import host
-from ptattn.kernels.host import Launch
 
 ARCH = "sm90"
-CLOSE = 1.5
-Key = tuple[str, str]  # workload and task
 
 
-@dataclass(frozen=True)
-class Use:
-    """One launch of a workload and task, by its place: launches cannot pass between processes."""
+def predictions(rows: Sequence[Row], copy_rate: float) -> list[float]:
+    """Seconds of each row, by this checkout's kernels, each compiled once."""
+    operations = {str(operation): operation for operation in op_workloads.operations()}
+    launches = [compiled.launches(operations[row.workload], row.task, ARCH) for row in rows]
+    distinct = {compiled.key(launch): launch for own in launches for launch in own}
+    built = compiled.build_all([*distinct.values()], ARCH)
+    known = dict(zip(distinct, built, strict=True))
+    if failed := [f"{key}: {one}" for key, one in known.items() if isinstance(one, str)]:
+        sys.exit(f"what does not build has no prediction: {failed}")
 
-    key: Key
-    index: int
+    def seconds(launch: compiled.Launch) -> float:
+        start = roofline.start(launch, known[compiled.key(launch)])
+        return roofline.predict(start, copy_rate)
 
-    def launch(self) -> Launch:
-        return launches(*self.key)[self.index]
-
-
-def launches(name: str, task: str) -> list[Launch]:
-    """What a task of an operation would start."""
-    (operation,) = (o for o in op_workloads.operations() if str(o) == name)
-    inputs = operation.inputs("meta")
-    # What has no data is sent to the fake kernels, unless nothing seems to look.
-    with mock.patch("ptattn.backends.operator.observed", return_value=False):
-        with host.record(ARCH) as forward, torch.set_grad_enabled(task != "forward"):
-            outputs = operation.call("triton", inputs.tensors, inputs.key_mask)
-        if task == "forward":
-            return forward
-        with host.record(ARCH) as backward:
-            torch.autograd.grad(outputs, inputs.tensors, inputs.upstream)
-        return backward
+    return [sum(map(seconds, own)) for own in launches]
 
 
-def starts_now(keys: Iterable[Key], processes: int) -> dict[Key, list[Start]]:
-    """Of this checkout's kernels; each is compiled once."""
-    recorded = {key: launches(*key) for key in keys}
-    first: dict[str, Use] = {}
-    for key, found in recorded.items():
-        for index, launch in enumerate(found):
-            first.setdefault(_compilation(launch), Use(key, index))
-    # A forked process cannot run autograd if its parent has.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool:
-        built = dict(zip(first, pool.map(_build, first.values()), strict=True))
-    return {
-        key: [aot.start_of(launch, built[_compilation(launch)]) for launch in found]
-        for key, found in recorded.items()
-    }
-
-
-def _build(use: Use) -> Compiled:
-    return compiled.build(use.launch(), ARCH)
-
-
-def _compilation(launch: Launch) -> str:
-    code, config = compiled.source(launch), launch.config
-    return f"{code.name} {code.signature} {code.constants} {config.warps} {config.stages}"
-
-
-def report(rows: Sequence[Row], starts: dict[Key, list[Start]], copy_rate: float) -> Iterator[str]:
+def report(rows: Sequence[Row], predicted: Sequence[float]) -> Iterator[str]:
     """In Markdown."""
-    yield "| operation | task | measured, µs | predicted, µs | ÷ measured |"
-    yield "| --- | --- | ---: | ---: | ---: |"
-    ratios = []
-    for row in rows:
-        seconds = row.seconds or math.nan
-        found = starts[row.workload, row.task]
-        predicted = sum(roofline.predict(start, copy_rate).total for start in found)
-        ratios.append(predicted / seconds)
-        cells = (row.workload, row.task, *(f"{t * 1e6:,.1f}" for t in (seconds, predicted)))
-        yield f"| {' | '.join(cells)} | {ratios[-1]:.2f} |"
-    yield ""
-    yield summary(ratios)
-
-
-def summary(ratios: Sequence[float]) -> str:
-    near = [sum(1 / limit <= r <= limit for r in ratios) for limit in (CLOSE, 1.25)]
-    mean = math.exp(sum(math.log(r) for r in ratios) / len(ratios))
-    return (
-        f"Predicted over measured, in {len(ratios)} rows: within {CLOSE}× in {near[0]} "
-        f"({near[0] / len(ratios):.0%}), within 1.25× in {near[1]} "
-        f"({near[1] / len(ratios):.0%}), from {min(ratios):.2f} to {max(ratios):.2f}, "
-        f"geometric mean {mean:.2f}."
+    ratios = [ours / (row.seconds or math.nan) for row, ours in zip(rows, predicted, strict=True)]
+    lines = [
+        (row.workload, row.task, *(f"{t * 1e6:,.1f}" for t in (row.seconds, ours)), f"{ratio:.2f}")
+        for row, ours, ratio in zip(rows, predicted, ratios, strict=True)
+    ]
+    titles = ("operation", "task", "measured, µs", "predicted, µs", "÷ measured")
+    yield table(titles, lines) + "\n"
+    near = {limit: sum(1 / limit <= r <= limit for r in ratios) for limit in (1.5, 1.25)}
+    shares = (f"within {limit}× in {n} ({n / len(ratios):.0%})" for limit, n in near.items())
+    yield (
+        f"Predicted over measured, in {len(ratios)} rows: {', '.join(shares)}, from "
+        f"{min(ratios):.2f} to {max(ratios):.2f}, geometric mean "
+        f"{statistics.geometric_mean(ratios):.2f}."
     )
 
 
@@ -118,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, help="a result of `ptattn bench ops` or `gpu`")
-    parser.add_argument("--only", metavar="REGEX", type=aot.pattern, default="")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", metavar="REGEX", type=pattern, default=re.compile(""))
     args = parser.parse_args(argv)
     try:
         result = results.load(args.file)
@@ -132,11 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.only.search(f"{row.workload} {row.task}")
     ]
     if not rows:
-        sys.exit(f"no operation of ours in {args.file} matches {args.only.pattern!r}")
-    if host.INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    starts = starts_now([(row.workload, row.task) for row in rows], args.processes)
-    print(*report(rows, starts, result.rates["copy"]), sep="\n")
+        parser.error(f"no operation of ours in {args.file} matches {args.only.pattern!r}")
+    print(*report(rows, predictions(rows, result.rates["copy"])), sep="\n")
     return 0
 
 

@@ -9,15 +9,14 @@ backward must fit a multiprocessor, but for `checks.ALONE`. Kernels in fp32 must
 Exit status 1 if a check fails.
 
 In the table, spills are in bytes (registers on AMD), "16-byte" has the loads that there are and
-that the tiles take, "per block" the instructions that all warps of a program issue in the main loop
-for 64 x 64 scores, or for a row of channels or a part of a sum, and "useful" is the share of the
-multiplied numbers that is no padding.
+that the tiles take, "per SM" the programs that a multiprocessor holds.
 "serial" stands where ptxas makes each wgmma wait for the one before. That fails no check: what
 avoids it, loads that are not pipelined, may cost more.
 
 Times are predicted for an H200, by `roofline`, at one sample of 16 heads and 128 x 128 tokens, or
-8 x 64 x 64 tokens where the window has frames. Windows of attention are shifted by half. How far
-such predictions are from what was measured: `python -m benchmarks.against`.
+8 x 64 x 64 tokens where the window has frames, or the queries that the case has. Windows of
+attention are shifted by half. How far such predictions are from what was measured:
+`python -m benchmarks.against`.
 """
 
 from __future__ import annotations
@@ -25,36 +24,33 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import compiled, roofline
 from benchmarks.checks import failures
 from benchmarks.compiled import Compiled
-from benchmarks.roofline import Prediction, Start, Work
-from benchmarks.tables import Column, table
-from ptattn.geometry import Triple, WindowGrid
-from ptattn.kernels import attention, host, norm, pool
+from benchmarks.tables import table
+from ptattn.bench.command import pattern
+from ptattn.bench.op_workloads import DENSE, TASKS, WINDOWED, Operation
+from ptattn.geometry import Triple
 from ptattn.kernels.host import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, IMAGE, VIDEO = 16, (1, 128, 128), (8, 64, 64)
 WINDOWS = ((1, 2, 2), (1, 4, 4), (1, 8, 8), (1, 16, 16), (4, 16, 16))
-# Of dense attention: queries, keys, masked. The last are proxies among themselves.
-DENSE = (
-    *((128 * 128, keys, False) for keys in (64, 128, 256, 768)),
-    *((128 * 128, keys, True) for keys in (128, 256)),
-    (768, 768, False),
+# Of dense attention: 64, 128, 256 and 768 keys, masked, and proxies among themselves.
+KEYS = (
+    *(("cross", IMAGE, window, False) for window in ((1, 16, 16), (1, 16, 8), (1, 8, 8))),
+    ("cross", (3, 64, 64), (1, 4, 4), False),
+    *(("cross", IMAGE, window, True) for window in ((1, 16, 8), (1, 8, 8))),
+    ("proxy", (3, 64, 64), (1, 4, 4), False),
 )
 CHANNELS = (384, 1152)
 NORM_CHANNELS = (64, 1152, 1440, 4096)
@@ -63,308 +59,140 @@ HEAD_DIMS = {"bf16": (48, 64, 72, 128), "fp32": (72,)}
 
 @dataclass(frozen=True)
 class Case:
-    """One operation, forward and backward; `width` is the head dim, or of means and norms the
-    channels. `window` is that of the means, (1, 1, 1) for a norm with a modulation instead."""
+    """An operation, forward and backward, in a dtype, with a key mask or without."""
 
-    op: str  # "window", "dense", "mean" or "norm"
-    dtype: str
-    width: int
-    window: Triple = (1, 1, 1)
-    queries: int = 0
-    keys: int = 0
+    operation: Operation
+    dtype: str = "bf16"
     masked: bool = False
 
     def __str__(self) -> str:
-        if self.op == "dense":
-            return f"{self.queries} to {self.keys}{' masked' * self.masked}"
-        size = "x".join(map(str, self.window))
-        return {"window": size, "mean": f"mean {size}", "norm": f"norm {size}"}[self.op]
+        of = self.operation
+        if of.op in DENSE:
+            return f"{of.queries} to {of.keys}{' masked' * self.masked}"
+        size = "x".join(map(str, of.window))
+        return size if of.op in WINDOWED else f"{of.op} {size}"
 
     @property
-    def label(self) -> str:
-        return f"{self.dtype} {'C' if self.op in ('mean', 'norm') else 'D'}{self.width}"
-
-    @property
-    def grid(self) -> Triple:
-        return IMAGE if self.window[0] == 1 else VIDEO
+    def width(self) -> str:
+        of = self.operation
+        attention = of.op in DENSE or of.op in WINDOWED
+        return f"{self.dtype} {f'D{of.head_dim}' if attention else f'C{of.channels}'}"
 
     def launches(self, arch: str) -> list[Launch]:
-        with host.record(arch) as launches:
-            getattr(self, f"_{self.op}")()
-        return launches
+        of, mask = self.operation, None
+        if self.masked:
+            mask = torch.empty(of.batch, of.keys, dtype=torch.bool, device="meta")
+        found = (compiled.launches(of, task, arch, DTYPES[self.dtype], mask) for task in TASKS)
+        return [launch for own in found for launch in own]
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
 
-    def _window(self) -> None:
-        windows = WindowGrid(self.grid, self.window).shifted()
-        qkv = self._empty(1, windows.num_tokens, 3, HEADS, self.width)
-        scale = self.width**-0.5
-        out, lse = attention.windowed(qkv, None, None, windows, scale)
-        g = torch.empty_like(out)
-        attention.windowed_backward(qkv, None, None, windows, scale, out, lse, g, (True,) * 3)
-
-    def _dense(self) -> None:
-        q = self._empty(1, self.queries, HEADS, self.width)
-        kv = self._empty(1, self.keys, 2, HEADS, self.width)
-        mask = torch.empty(1, self.keys, dtype=torch.bool, device="meta") if self.masked else None
-        scale = self.width**-0.5
-        out, lse = attention.dense(q, kv, None, mask, scale)
-        g = torch.empty_like(out)
-        attention.dense_backward(q, kv, None, mask, scale, out, lse, g, (True,) * 3)
-
-    def _mean(self) -> None:
-        windows = WindowGrid(self.grid, self.window)
-        x = self._empty(1, windows.num_tokens, self.width)
-        norm.means_backward(pool.window_mean(x, windows), windows)
-
-    def _norm(self) -> None:
-        """As the blocks have it: with the residual, and window means or a modulation."""
-        windows = WindowGrid(self.grid, self.window) if self.window != (1, 1, 1) else None
-        x, y = self._empty(2, 1, math.prod(self.grid), self.width).unbind()
-        vectors = self._empty(1, 6, self.width).unbind(1)
-        gate, shift, scale = vectors[:3] if windows is None else (vectors[0], None, None)
-        if windows is None:
-            total, normed = norm.forward(x, y, gate, shift, scale, 1e-6, x.dtype)
-            means = None
-        else:
-            total, normed, means = pool.forward(x, y, gate, windows, 1e-6, x.dtype)
-        upstream = (total, normed, means)
-        need = (True, True, windows is None)
-        norm.backward(total, y, gate, scale, *upstream, windows, 1e-6, need)
+def _operation(op: str, head_dim: int, window: Triple, grid: Triple | None = None) -> Operation:
+    grid = grid or (IMAGE if window[0] == 1 else VIDEO)
+    return Operation(op, "gate", "", grid, window, HEADS, head_dim)
 
 
 def cases() -> Iterator[Case]:
     for dtype, head_dims in HEAD_DIMS.items():
-        for width in head_dims:
+        for head_dim in head_dims:
             for window in WINDOWS:
-                yield Case("window", dtype, width, window)
-            for queries, keys, masked in DENSE:
-                yield Case("dense", dtype, width, queries=queries, keys=keys, masked=masked)
-        for width, window in itertools.product(CHANNELS, WINDOWS):
-            yield Case("mean", dtype, width, window)
-            yield Case("norm", dtype, width, window)
-        for width in NORM_CHANNELS:
-            yield Case("norm", dtype, width)
-
-
-@dataclass(frozen=True)
-class Use:
-    """A launch by its place among those of a case, as launches cannot pass between processes."""
-
-    case: Case
-    index: int
-
-    def launch(self, arch: str) -> Launch:
-        return self.case.launches(arch)[self.index]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One compilation, for all launches that share it."""
-
-    arch: str
-    kernel: str
-    uses: tuple[Use, ...]
-    dialect: str = "sass"
-
-    @property
-    def label(self) -> str:
-        return f"{self.arch} {self.uses[0].case.label} {self.kernel} {self.uses[0].case}"
-
-
-def jobs(arch: str, of: Iterable[Case], dialect: str = "sass") -> list[Job]:
-    """Distinct compilations."""
-    uses: dict[tuple[Any, ...], list[Use]] = {}
-    for case in of:
-        for index, recorded in enumerate(case.launches(arch)):
-            code, config = compiled.source(recorded), recorded.config
-            constants = str(code.constants)
-            key = (code.name, str(code.signature), constants, config.warps, config.stages)
-            uses.setdefault(key, []).append(Use(case, index))
-    return [Job(arch, key[0], tuple(own), dialect) for key, own in uses.items()]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Of one launch; seconds on an H200."""
-
-    case: str
-    programs: int
-    work: Work
-    predicted: Prediction | None  # where the kernel is compiled for it
+                yield Case(_operation("shifted", head_dim, window), dtype)
+            for op, grid, window, masked in KEYS:
+                yield Case(_operation(op, head_dim, window, grid), dtype, masked)
+        for channels, window in itertools.product(CHANNELS, WINDOWS):
+            yield Case(_operation("mean", channels // HEADS, window), dtype)
+            yield Case(_operation("norm-pool", channels // HEADS, window), dtype)
+        for channels in NORM_CHANNELS:
+            yield Case(_operation("norm", channels // HEADS, (1, 1, 1)), dtype)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A compilation, what it gave or why it failed, and every launch of it."""
+    """A compilation, for the first launch that needs it: what it gave, or why it failed."""
 
-    job: Job
-    tile: str
-    warps: int
-    stages: int
-    compiled: Compiled | None
-    error: str
-    timings: tuple[Timing, ...] = ()
+    arch: str
+    case: Case
+    launch: Launch
+    built: Compiled | str
 
     @property
-    def per_sm(self) -> int | None:
-        if self.compiled is None or self.job.arch != "sm90":
-            return None
-        registers, shared = self.compiled.resources.registers, self.compiled.shared
-        return roofline.programs_per_sm(registers, shared, self.warps)
+    def kernel(self) -> str:
+        return self.launch.kernel.__name__
 
     @property
-    def per_block(self) -> float | None:
-        """Instructions of all warps in the main loop for 64 x 64 scores, or for one row."""
-        code = self.compiled.code if self.compiled else None
-        if code is None or code.loop is None or not self.timings[0].work.iterations:
-            return None
-        rows, *others = map(int, self.tile.split("x"))
-        size = rows * (others or [rows])[0] / 64**2 if self.timings[0].work.padded else rows
-        return code.loop.instructions * self.warps / code.unrolled / size
+    def label(self) -> str:
+        return f"{self.arch} {self.case.width} {self.kernel} {self.case}"
 
 
-def run(job: Job) -> Row:
-    first = job.uses[0].launch(job.arch)
-    built, error = None, ""
-    try:
-        built = compiled.build(first, job.arch, job.dialect)
-    except Exception as raised:  # whatever a compiler raises is this row's failed check
-        error = f"{type(raised).__name__}: {raised}"
-    sizes = [first.constants[name] for name in ("ROWS", "KEYS", "BLOCK") if name in first.constants]
-    tile = "x".join(map(str, sizes))
-    row = Row(job, tile, first.config.warps, first.config.stages, built, error)
-    return replace(row, timings=tuple(_timing(use, row) for use in job.uses))
+def rows(arch: str, of: Sequence[Case]) -> Iterator[Row]:
+    first: dict[str, tuple[Case, Launch]] = {}
+    for case in of:
+        for launch in case.launches(arch):
+            first.setdefault(compiled.key(launch), (case, launch))
+    built = compiled.build_all([launch for _, launch in first.values()], arch)
+    for (case, launch), one in zip(first.values(), built, strict=True):
+        yield Row(arch, case, launch, one)
 
 
-def _timing(use: Use, row: Row) -> Timing:
-    recorded = use.launch(row.job.arch)
-    work, start = roofline.work(recorded), start_of(recorded, row.compiled)
-    predicted = start and roofline.predict(start)
-    return Timing(f"{use.case.label} {use.case}", recorded.programs, work, predicted)
-
-
-def start_of(recorded: Launch, built: Compiled | None) -> Start | None:
-    """What the model takes of a launch; None where no machine code was read."""
-    if built is None or built.code is None:
-        return None
-    warps, work = recorded.config.warps, roofline.work(recorded)
-    per_sm = roofline.programs_per_sm(built.resources.registers, built.shared, warps)
-    return Start(recorded.programs, warps, per_sm, work.bytes, work.iterations, built.code)
-
-
-COLUMNS: tuple[Column[Row], ...] = (
-    Column("arch", lambda row: row.job.arch),
-    Column("width", lambda row: row.job.uses[0].case.label),
-    Column("kernel", lambda row: row.job.kernel),
-    Column("case", lambda row: str(row.job.uses[0].case)),
-    Column("tile", lambda row: row.tile, narrow=False),
-    Column("warps", lambda row: str(row.warps), narrow=False),
-    Column("stages", lambda row: str(row.stages), narrow=False),
-    Column("regs", lambda row: _of(row, lambda built: built.resources.registers)),
-    Column("shared", lambda row: _of(row, lambda built: built.shared), narrow=False),
-    Column("spill", lambda row: _of(row, lambda built: built.resources.spilled)),
-    Column("wgmma", lambda row: _of(row, _wgmma), narrow=False),
-    Column("16-byte", lambda row: _of(row, _wide_loads), narrow=False),
-    Column("per SM", lambda row: _number(row.per_sm), narrow=False),
-    Column("SM warps", lambda row: _number(row.per_sm and row.per_sm * row.warps), narrow=False),
-    Column("per block", lambda row: _number(row.per_block), narrow=False),
-    Column("useful", lambda row: f"{row.timings[0].work.useful_share:.0%}", narrow=False),
-    Column("µs", lambda row: _microseconds(row.timings[0])),
-    Column("build s", lambda row: _of(row, lambda built: f"{built.seconds:.1f}"), narrow=False),
-    Column("check", lambda row: "FAILED" if failures(row) else "ok"),
-)
-
-
-def _of(row: Row, value: Callable[[Compiled], Any]) -> str:
-    return "" if row.compiled is None else str(value(row.compiled))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
+def figures(row: Row) -> dict[str, Any]:
+    """What the table shows, and the file has too."""
+    launch, built = row.launch, row.built
+    tile = (str(launch.constants.get(name, "")) for name in ("ROWS", "KEYS", "BLOCK"))
+    found: dict[str, Any] = {
+        "arch": row.arch,
+        "width": row.case.width,
+        "kernel": row.kernel,
+        "case": str(row.case),
+        "tile": "x".join(filter(None, tile)),
+        "warps": launch.config.warps,
+        "stages": launch.config.stages,
+    }
+    if isinstance(built, Compiled):
+        known = built.resources
+        found |= {"regs": known.registers, "shared": built.shared, "spill": known.spilled}
+        if built.code is not None:
+            start = roofline.start(launch, built)
+            found |= {
+                "wgmma": _wgmma(built),
+                "16-byte": f"{built.hopper.wide_loads}/{built.hopper.tile_loads}",
+                "per SM": start.per_sm,
+                "µs": round(roofline.predict(start) * 1e6, 1),
+            }
+    return found | {"check": "FAILED" if failures(row) else "ok"}
 
 
 def _wgmma(built: Compiled) -> str:
-    if built.tiles is None or built.tiles.on_wgmma + len(built.tiles.elsewhere) == 0:
-        return ""
-    if built.tiles.elsewhere or built.instructions.other_products:
+    if built.hopper.elsewhere or built.hopper.older:
         return "no"
+    if not built.hopper.on_wgmma:
+        return ""
     return "serial" if built.resources.serialized else "yes"
 
 
-def _wide_loads(built: Compiled) -> str:
-    if built.tiles is None or built.tiles.wide_loads == 0:
-        return ""
-    return f"{built.instructions.wide_loads}/{built.tiles.wide_loads}"
-
-
-def _microseconds(timing: Timing) -> str:
-    return "" if timing.predicted is None else f"{timing.predicted.total * 1e6:.1f}"
-
-
 def as_json(row: Row) -> dict[str, Any]:
-    job = row.job
-    return {
-        "label": job.label,
-        "arch": job.arch,
-        "kernel": job.kernel,
-        "tile": row.tile,
-        "warps": row.warps,
-        "stages": row.stages,
-        "programs_per_sm": row.per_sm,
-        "warps_per_sm": row.per_sm and row.per_sm * row.warps,
-        "instructions_per_block": row.per_block,
-        "compiled": row.compiled and asdict(row.compiled),
-        "failures": failures(row),
-        "launches": [asdict(timing) for timing in row.timings],
-    }
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
-    parser.add_argument(
-        "--only", metavar="REGEX", type=pattern, default="", help="cases, such as 'bf16 D72'"
-    )
-    parser.add_argument("--ptx", action="store_true", help="read PTX, not SASS: sooner done")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
-
-
-def select(args: argparse.Namespace) -> list[Job]:
-    of = [case for case in cases() if args.only.search(f"{case.label} {case}")]
-    if not of:
-        raise SystemExit(f"no case matches {args.only.pattern!r}; one is {next(cases()).label!r}")
-    dialect = "ptx" if args.ptx else "sass"
-    return [job for arch in args.arch for job in jobs(arch, of, dialect)]
+    known = row.built if isinstance(row.built, str) else asdict(row.built)
+    return figures(row) | {"label": row.label, "compiled": known, "failures": failures(row)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if host.INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    selected = select(args)
-    with ProcessPoolExecutor(args.processes) as pool:
-        rows = []
-        for row in pool.map(run, selected):
-            rows.append(row)
-            if sys.stderr.isatty():
-                print(f"\r{len(rows)} of {len(selected)} compiled", end="\r", file=sys.stderr)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", nargs="+", choices=compiled.TARGETS, default=[*compiled.TARGETS])
+    parser.add_argument("--only", metavar="REGEX", type=pattern, default=re.compile(""),
+                        help="cases, such as 'bf16 D72'")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    chosen = [case for case in cases() if args.only.search(f"{case.width} {case}")]
+    if not chosen:
+        parser.error(f"no case matches {args.only.pattern!r}; one is {next(cases()).width!r}")
+    found = [row for arch in args.arch for row in rows(arch, chosen)]
     if args.json:
-        args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1), encoding="utf-8")
-    print(table(rows, COLUMNS, shutil.get_terminal_size().columns))
-    failed = [f"{row.job.label}: {text}" for row in rows for text in failures(row)]
-    print(f"\nCompiled: {len(rows)}. Failed checks: {len(failed)}.", *failed, sep="\n")
+        text = json.dumps([as_json(row) for row in found], indent=1)
+        args.json.write_text(text, encoding="utf-8")
+    shown = [figures(row) for row in found]
+    titles = [*max(shown, key=len)]
+    print(table(titles, ([one.get(title, "") for title in titles] for one in shown)))
+    failed = [f"{row.label}: {text}" for row in found for text in failures(row)]
+    print(f"\nCompiled: {len(found)}. Failed checks: {len(failed)}.", *failed, sep="\n")
     return bool(failed)
 
 

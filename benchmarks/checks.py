@@ -10,7 +10,7 @@ from benchmarks import roofline
 from benchmarks.compiled import Compiled
 
 if TYPE_CHECKING:
-    from benchmarks.aot import Job, Row
+    from benchmarks.aot import Row
 
 # Kernels that may be alone on their multiprocessor, by a pattern of their labels, and why. What was
 # tried was compiled with triton 3.6 on 2026-11-26.
@@ -39,45 +39,44 @@ TRAP = 32
 
 def failures(row: Row) -> list[str]:
     """The checks that a row fails, each in words."""
-    job, built = row.job, row.compiled
-    if built is None:
-        return [f"does not build: {row.error}"]
-    limit = roofline.SHARED_LIMITS[job.arch]
+    arch, kernel, built = row.arch, row.kernel, row.built
+    if isinstance(built, str):
+        return [f"does not build: {built}"]
+    limit, resources = roofline.SHARED_LIMITS[arch], built.resources
     found = []
     if built.shared > limit:
         found.append(f"{built.shared} bytes of shared memory, of {limit}")
-    if job.kernel in roofline.PRODUCTS and built.resources.registers < TRAP:
-        found.append(f"{built.resources.registers} registers: ptxas made a trap of it")
-    if job.uses[0].case.dtype == "fp32":
+    if kernel.startswith(roofline.PRODUCTS) and resources.registers < TRAP:
+        found.append(f"{resources.registers} registers: ptxas made a trap of it")
+    if row.case.dtype == "fp32":
         return found
-    forward = job.kernel.endswith("_forward")
-    resources = built.resources
-    held = forward or job.arch == "sm90"
-    if held and max(resources.spilled, resources.stack) > _excused(job):
-        unit = "registers" if job.arch.startswith("gfx") else "bytes"
+    held = kernel.endswith("_forward") or arch == "sm90"
+    if held and max(resources.spilled, resources.stack) > _excused(row):
+        unit = "registers" if arch.startswith("gfx") else "bytes"
         found.append(f"spills {resources.spilled} {unit}; stack of {resources.stack} bytes")
-    if job.arch == "sm90":
+    if arch == "sm90":
         found += _failures_on_hopper(row, built)
     return found
 
 
-def _excused(job: Job) -> int:
+def _excused(row: Row) -> int:
     """The bytes that a kernel may spill."""
-    found = [most for pattern, (most, _) in SPILLS.items() if re.search(pattern, job.label)]
-    return max(found, default=0) if job.arch == "sm90" else 0
+    found = [most for pattern, (most, _) in SPILLS.items() if re.search(pattern, row.label)]
+    return max(found, default=0) if row.arch == "sm90" else 0
 
 
 def _failures_on_hopper(row: Row, built: Compiled) -> Iterator[str]:
-    instructions, tiles = built.instructions, built.tiles
-    if tiles.elsewhere or instructions.other_products or instructions.wgmma < tiles.on_wgmma:
+    found = built.hopper
+    if found.elsewhere or found.older or found.wgmma < found.on_wgmma:
         yield (
-            f"{instructions.wgmma} wgmma instructions and {instructions.other_products} older ones "
-            f"for {tiles.on_wgmma} products on wgmma; not on it: {list(tiles.elsewhere)}"
+            f"{found.wgmma} wgmma instructions and {found.older} older ones for {found.on_wgmma} "
+            f"products on wgmma; not on it: {list(found.elsewhere)}"
         )
-    if instructions.wide_loads < tiles.wide_loads:
-        yield f"{instructions.wide_loads} loads of 16 bytes; its tiles take {tiles.wide_loads}"
-    kernel = row.job.kernel
-    watched = kernel in roofline.PRODUCTS or "_backward" in kernel
-    excused = any(re.search(pattern, row.job.label) for pattern in ALONE)
-    if watched and row.per_sm < 2 and not excused:
-        yield f"{row.per_sm} program per multiprocessor"
+    if found.wide_loads < found.tile_loads:
+        yield f"{found.wide_loads} loads of 16 bytes; its tiles take {found.tile_loads}"
+    watched = row.kernel.startswith(roofline.PRODUCTS) or row.kernel.endswith("_backward")
+    excused = any(re.search(pattern, row.label) for pattern in ALONE)
+    warps = row.launch.config.warps
+    per_sm = roofline.programs_per_sm(built.resources.registers, built.shared, warps)
+    if watched and per_sm < 2 and not excused:
+        yield f"{per_sm} program per multiprocessor"

@@ -1,24 +1,35 @@
-"""A kernel launch compiled for a GPU that need not be there, and what its code says of itself."""
+"""The kernels of an operation, compiled for a GPU that need not be there, and what their code says.
+
+They are recorded from a call on tensors without data, and each is compiled once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource
 
-from benchmarks import roofline, sass
+from benchmarks import sass
 from benchmarks.sass import Code
+from ptattn.bench.op_workloads import Operation
+from ptattn.kernels import host
 from ptattn.kernels.host import Launch
 
 TARGETS = {
@@ -42,48 +53,63 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Instructions:
+class Hopper:
+    """Of a kernel for sm90: instructions, and what they must be for the source's tiles."""
+
     wgmma: int
-    other_products: int  # of tensor cores, but older than Hopper's
+    older: int  # products by the tensor cores of older GPUs
     wide_loads: int  # of 16 bytes, from global memory
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What the compiler made of the products and loads in the source."""
-
-    on_wgmma: int
-    elsewhere: tuple[str, ...]  # shapes of the other products, with the reason
-    wide_loads: int  # that the tiles take, if each is loaded 16 bytes at a time
+    on_wgmma: int  # products that the compiler has put there
+    elsewhere: tuple[str, ...]  # rows x inner x columns of the other products
+    tile_loads: int  # that the tiles take, if each is loaded 16 bytes at a time
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """`instructions` and `tiles` are known for sm90 only, `code` where SASS was read."""
-
     resources: Resources
     shared: int  # bytes
-    seconds: float
-    instructions: Instructions | None = None
-    tiles: Tiles | None = None
-    code: Code | None = None
+    hopper: Hopper | None = None
+    code: Code | None = None  # where `hopper` is
 
 
-# ptxas makes each of these PTX instructions the SASS one; but to disassemble takes half a second.
-DIALECTS = {
-    "sass": (r"\bHGMMA\b", r"\b[BDHIQ]MMA\b", r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b"),
-    "ptx": (
-        r"\bwgmma\.mma_async",
-        r"\bmma\.sync",
-        r"\bld\.global[\w.:]*\.v4\.b32|\bcp\.async\.cg\.shared\.global .*, 0x10,",
-    ),
-}
+# In SASS: products on wgmma, those of older tensor cores, loads of 16 bytes from global memory.
+COUNTED = (r"\bHGMMA\b", r"\b[BDHIQ]MMA\b", r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b")
+
+
+def launches(
+    operation: Operation,
+    task: str,
+    arch: str,
+    dtype: torch.dtype = torch.bfloat16,
+    key_mask: Tensor | None = None,
+) -> list[Launch]:
+    """What the forward without gradients, or the backward alone, would start."""
+    inputs = operation.inputs("meta")
+    tensors = tuple(t.detach().to(dtype).requires_grad_() for t in inputs.tensors)
+    mask = inputs.key_mask if key_mask is None else key_mask
+    # What has no data is sent to the fake kernels, unless nothing seems to look.
+    with mock.patch("ptattn.backends.operator.observed", return_value=False):
+        with host.record(arch) as found, torch.set_grad_enabled(task != "forward"):
+            outputs = operation.call("triton", tensors, mask)
+        if task == "forward":
+            return found
+        with host.record(arch) as found:
+            torch.autograd.grad(outputs, tensors, [g.to(dtype) for g in inputs.upstream])
+        return found
+
+
+def values(launch: Launch) -> dict[str, Any]:
+    """The runtime arguments by name."""
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    return dict(zip(names, launch.args, strict=True))
 
 
 def source(launch: Launch) -> ASTSource:
     """What the launch would compile: pointers are 16-byte aligned, as torch's allocator makes."""
+    if host.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     signature, constants, attributes = {}, {}, {}
-    given = roofline.values(launch)
+    given = values(launch)
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
@@ -97,32 +123,50 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def build(launch: Launch, arch: str, dialect: str = "sass") -> Compiled:
+def key(launch: Launch) -> str:
+    """Of launches that share a compilation."""
+    code, config = source(launch), launch.config
+    return f"{code.name} {code.signature} {code.constants} {config.warps} {config.stages}"
+
+
+_forked: list[Launch] = []  # launches cannot be sent to a process, but a forked one has them
+
+
+def build_all(found: Sequence[Launch], arch: str) -> Iterator[Compiled | str]:
+    """What came of compiling each, or its error; as many at a time as there are cores."""
+    _forked[:] = found
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_build, range(len(found)), [arch] * len(found))
+
+
+def _build(index: int, arch: str) -> Compiled | str:
+    try:
+        return build(_forked[index], arch)
+    except Exception as raised:  # whatever a compiler raises
+        return f"{type(raised).__name__}: {raised}"
+
+
+def build(launch: Launch, arch: str) -> Compiled:
     """Compile anew, whatever Triton's cache holds: only then does ptxas say what it did."""
     options = dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
-    start, log = time.perf_counter(), io.StringIO()
+    log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
         kernel = triton.compile(source(launch), target=TARGETS[arch], options=options)
-    seconds = time.perf_counter() - start
     shared = kernel.metadata.shared
     if TARGETS[arch].backend == "hip":
-        return Compiled(parse_amdgcn(kernel.asm["amdgcn"]), shared, seconds)
+        return Compiled(parse_amdgcn(kernel.asm["amdgcn"]), shared)
     resources = parse_ptxas(log.getvalue())
     if arch != "sm90":
-        return Compiled(resources, shared, seconds)
-    text = _text(kernel, dialect)
-    instructions = count_instructions(text, dialect)
-    tiles = parse_ttgir(kernel.asm["ttgir"], 32 * launch.config.warps)
-    code = sass.read(text) if dialect == "sass" else None
-    return Compiled(resources, shared, seconds, instructions, tiles, code)
+        return Compiled(resources, shared)
+    text = disassemble(kernel.asm["cubin"])
+    hopper = parse_hopper(text, kernel.asm["ttgir"], 32 * launch.config.warps)
+    return Compiled(resources, shared, hopper, sass.read(text))
 
 
-def _text(kernel: CompiledKernel, dialect: str) -> str:
-    if dialect == "ptx":
-        return kernel.asm["ptx"]
+def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -150,29 +194,18 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def count_instructions(text: str, dialect: str) -> Instructions:
-    return Instructions(*(len(re.findall(pattern, text)) for pattern in DIALECTS[dialect]))
-
-
-def parse_ttgir(text: str, threads: int) -> Tiles:
-    dots = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)x.* \* tensor<\d+x(\d+)x", text)
-    return Tiles(
-        len(re.findall(r"= ttng\.warp_group_dot ", text)),
-        tuple(_without_wgmma(*map(int, shape)) for shape in dots),
-        sum(_wide_loads(line, threads) for line in text.splitlines()),
+def parse_hopper(text: str, ttgir: str, threads: int) -> Hopper:
+    """SASS, and Triton's last form with tiles."""
+    dots = re.findall(r"= tt\.dot .*: tensor<(\d+x\d+)x.* \* tensor<\d+x(\d+)x", ttgir)
+    return Hopper(
+        *(len(re.findall(pattern, text)) for pattern in COUNTED),
+        len(re.findall(r"= ttng\.warp_group_dot ", ttgir)),
+        tuple("x".join(shape) for shape in dots),
+        sum(_tile_loads(line, threads) for line in ttgir.splitlines()),
     )
 
 
-def _without_wgmma(rows: int, inner: int, columns: int) -> str:
-    too_small = [
-        f"{size} {name}, wgmma takes {least}"
-        for name, size, least in (("rows", rows, 64), ("inner", inner, 16), ("columns", columns, 8))
-        if size < least
-    ]
-    return f"{rows}x{inner}x{columns} ({'; '.join(too_small) or 'its shape would allow wgmma'})"
-
-
-def _wide_loads(line: str, threads: int) -> int:
+def _tile_loads(line: str, threads: int) -> int:
     """16-byte loads that one thread needs for the tile of this line; none for small tiles."""
     tile = re.search(
         r"(?:= tt\.load|ttg\.async_copy_global_to_local) .*"

@@ -1,6 +1,6 @@
 """What a call of an operation, ProxyAttention or a block costs the host, without a GPU.
 
-    python -m benchmarks.host [--only REGEX] [--against CHECKOUT] [--json FILE]
+    python -m benchmarks.host [--only REGEX]
 
 Tensors are tiny (8 x 8 tokens, 2 heads of 16, fp32, one thread) and the launches of kernels are
 recorded as on sm90, not run: what is left is the way from a public function to a kernel. Each case
@@ -13,221 +13,243 @@ runs with gradients off ("no grad"), forward with gradients on ("forward") and w
   kernels  launches of ours, and torch operations that are neither view nor allocation, as a
            dispatch mode sees them: under one, gradients of packed projections are stacked;
            "ours" are the launches alone
-  µs       of one call: the median of the repeats, and their 20-80 % quantiles
-  torch    µs over that of torch's own, in turns: one scaled_dot_product_attention (dense) for each
-           attention, one layer_norm for each norm or mean, and nothing for a module's other parts
-  before   µs over that of the checkout given by --against, in turns; "its" figures beside it
+  µs       the median of one call, on this machine
+
+Another checkout is compared with by running this in both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
 import re
-import shutil
 import statistics
-import subprocess
 import sys
+import timeit
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.host_worker import CASES, FORWARD, NO_GRAD, TASKS, TRAINING, Sample
-from benchmarks.tables import Column, table
-from ptattn import environment
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ptattn
+from benchmarks.tables import table
+from ptattn import ops
 from ptattn.bench import units
-from ptattn.bench.clocks import Timing, summarize
+from ptattn.bench.command import pattern
+from ptattn.kernels.host import INTERPRETED, record
+from ptattn.models.configs import ModelConfig
+from ptattn.models.dit import DiT
+from ptattn.models.pt_dit import PTDiT
 
-ROOT = Path(__file__).resolve().parent.parent
-# The most calls of our own, of a case and task. tests/test_host_path.py holds them.
-LIMITS = {
-    (case, task): limit
-    for case, limits in {
-        "window_mean": (30, 30, 50),
-        "layer_norm": (30, 30, 60),
-        "residual_layer_norm": (30, 30, 60),
-        "layer_norm_window_mean": (35, 35, 60),
-        "residual_layer_norm_window_mean": (35, 35, 70),
-        "attention": (30, 30, 60),
-        "window_attention": (30, 30, 60),
-        "window_attention, large windows": (35, 35, 70),
-        "ProxyAttention": (290, 300, 545),
-        "PT-DiT block, text": (345, 375, 740),
-        "PT-DiT block, classes": (310, 345, 695),
-        "DiT block": (95, 120, 265),
-    }.items()
-    for task, limit in zip((NO_GRAD, FORWARD, TRAINING), limits, strict=True)
-}
+PACKAGE = Path(ptattn.__file__).resolve().parent
+OWN = (PACKAGE, (PACKAGE / "kernels").resolve())  # a checkout has a link to kernels/
 
-
-Measure = Callable[[str, str, float], Sample]  # of case, task and seconds
-
-
-@contextmanager
-def worker(checkout: Path) -> Iterator[Measure]:
-    """A process that measures one checkout.
-
-    With Triton's interpreter: else the kernels refuse CPU tensors before a launch is recorded.
-    """
-    command = [sys.executable, str(ROOT / "benchmarks" / "host_worker.py")]
-    known = os.environ | {"PYTHONPATH": str(checkout), "TRITON_INTERPRET": "1"}
-    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, env=known, **pipes) as process:
-        questions: Any = process.stdin
-        answers: Any = process.stdout
-
-        def measure(case: str, task: str, seconds: float) -> Sample:
-            print(json.dumps([case, task, seconds]), file=questions, flush=True)
-            if answer := answers.readline():
-                return Sample(**json.loads(answer))
-            raise SystemExit(f"{checkout}: {case}, {task} failed; the error is above")
-
-        yield measure
+# Gradients off; on; on, with the backward too.
+TASKS = NO_GRAD, FORWARD, TRAINING = "no grad", "forward", "training"
+ARCH = "sm90"
+GRID, HEADS, HEAD_DIM = (8, 8), 2, 16
+TOKENS, CHANNELS = 64, HEADS * HEAD_DIM
+# A window of more than 64 tokens takes the other kernels, also where it is larger than the grid.
+SMALL, LARGE = (4, 4), (16, 16)
+WARM_UP, TIMED = 5, 100  # calls
 
 
 @dataclass(frozen=True)
-class Row:
-    """The repeats of a case and task, each beside one of the other checkout's."""
+class Call:
+    """A call, and the tensors whose gradients a backward finds."""
 
-    case: str
-    task: str
-    samples: tuple[Sample, ...]
-    before: tuple[Sample, ...] = ()
+    function: Callable[[], Any]  # gives a tensor, or several
+    leaves: Sequence[Tensor]
 
-    @property
-    def limit(self) -> int | None:
-        return LIMITS.get((self.case, self.task))
+    def run(self, task: str) -> Callable[[], Any]:
+        if task != TRAINING:
+            return self.function
+        out = self.function()
+        upstream = [torch.ones_like(t) for t in ([out] if isinstance(out, Tensor) else out)]
 
-    @property
-    def too_many(self) -> bool:
-        return self.limit is not None and self.samples[0].calls > self.limit
+        def step() -> None:
+            torch.autograd.grad(self.function(), self.leaves, upstream, allow_unused=True)
 
-    @property
-    def timing(self) -> Timing:
-        return summarize([sample.seconds for sample in self.samples])
-
-    @property
-    def over_torch(self) -> float:
-        return statistics.median(s.seconds / s.torch_seconds for s in self.samples)
-
-    @property
-    def over_before(self) -> float | None:
-        if not self.before:
-            return None
-        pairs = zip(self.samples, self.before, strict=True)
-        return statistics.median(now.seconds / then.seconds for now, then in pairs)
+        return step
 
 
-def _kernels(sample: Sample) -> str:
-    return str(sample.launches + sample.operations)
+# What is counted.
 
 
-def _microseconds(seconds: float) -> str:
-    return units.digits(seconds * 1e6)
+def _tensors(count: int, *shape: int) -> list[Tensor]:
+    return [torch.randn(1, *shape, requires_grad=True) for _ in range(count)]
 
 
-def _spread(timing: Timing) -> str:
-    return f"{_microseconds(timing.low)}-{_microseconds(timing.high)}"
+def _rowwise(name: str, streams: int, vectors: int, *geometry: Sequence[int]) -> Call:
+    tensors = _tensors(streams, TOKENS, CHANNELS) + _tensors(vectors, CHANNELS)
+    return Call(partial(getattr(ops, name), *tensors, *geometry, backend="triton"), tensors)
 
 
-def _median(samples: Sequence[Sample]) -> str:
-    return _microseconds(statistics.median(sample.seconds for sample in samples))
+def _attention(name: str, *geometry: Sequence[int]) -> Call:
+    """q, k and v as a packed projection gives them."""
+    packed = torch.randn(1, TOKENS, 3, HEADS, HEAD_DIM)
+    heads = [t.requires_grad_() for t in packed.unbind(2)]
+    return Call(partial(getattr(ops, name), *heads, *geometry, backend="triton"), heads)
 
 
-COLUMNS: tuple[Column[Row], ...] = (
-    Column("case", lambda row: row.case),
-    Column("task", lambda row: row.task),
-    Column("calls", lambda row: f"{row.samples[0].calls:,}"),
-    Column("limit", lambda row: "" if row.limit is None else str(row.limit), narrow=False),
-    Column("kernels", lambda row: _kernels(row.samples[0])),
-    Column("ours", lambda row: str(row.samples[0].launches), narrow=False),
-    Column("µs", lambda row: _median(row.samples)),
-    Column("20-80 %", lambda row: _spread(row.timing), narrow=False),
-    Column("torch", lambda row: units.ratio(row.over_torch)),
-)
-AGAINST: tuple[Column[Row], ...] = (
-    Column("before", lambda row: units.ratio(row.over_before or 0.0)),
-    Column("its calls", lambda row: f"{row.before[0].calls:,}", narrow=False),
-    Column("its kernels", lambda row: _kernels(row.before[0]), narrow=False),
-    Column("its µs", lambda row: _median(row.before), narrow=False),
-)
+def _proxy_attention() -> Call:
+    module = ptattn.ProxyAttention(CHANNELS, HEADS, SMALL, backend="triton")
+    (x,) = _tensors(1, *GRID, CHANNELS)
+    return Call(partial(module, x), [x, *module.parameters()])
 
 
-def as_json(row: Row) -> dict[str, Any]:
-    computed = dict(limit=row.limit, over_torch=row.over_torch, over_before=row.over_before)
-    return {**asdict(row), **computed, "seconds": asdict(row.timing)}
+# A model's conditions: what its configuration says of them, and one of them.
+TEXT = dict(caption_channels=8), dict(caption=torch.ones(1, 5, 8))
+CLASSES = dict(caption_channels=None, num_classes=3), dict(labels=torch.tensor([1]))
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _block(model_class: Any, kind: dict[str, Any], condition: dict[str, Tensor]) -> Call:
+    """A model's second block, called with whatever its model gives it."""
+    config = ModelConfig(2, CHANNELS, HEADS, window=SMALL, **kind)
+    model = model_class(config, backend="triton")
+    block, calls = model.blocks[1], []
+    hook = block.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad(), record(ARCH):
+        model(torch.randn(1, 4, *(2 * length for length in GRID)), torch.ones(1), **condition)
+    hook.remove()
+    ((args, kwargs),) = calls
+    inputs = [t for t in tree_leaves(calls) if isinstance(t, Tensor) and t.is_floating_point()]
+    for t in inputs:
+        t.requires_grad_()
+    return Call(partial(block, *args, **kwargs), [*inputs, *block.parameters()])
+
+
+# By name: how a call is made, and the most calls of our own, task by task.
+SUM, SUM_MEAN, WINDOW = "residual_layer_norm", "residual_layer_norm_window_mean", "window_attention"
+CASES: dict[str, tuple[Callable[[], Call], tuple[int, int, int]]] = {
+    "window_mean": (partial(_rowwise, "window_mean", 1, 0, GRID, SMALL), (30, 30, 50)),
+    "layer_norm": (partial(_rowwise, "layer_norm", 1, 2), (30, 30, 60)),
+    SUM: (partial(_rowwise, SUM, 2, 3), (30, 30, 60)),
+    "layer_norm_window_mean": (
+        partial(_rowwise, "layer_norm_window_mean", 1, 0, GRID, SMALL), (35, 35, 60),
+    ),
+    SUM_MEAN: (partial(_rowwise, SUM_MEAN, 2, 1, GRID, SMALL), (35, 35, 70)),
+    "attention": (partial(_attention, "attention"), (30, 30, 60)),
+    WINDOW: (partial(_attention, WINDOW, GRID, SMALL), (30, 30, 60)),
+    f"{WINDOW}, large windows": (partial(_attention, WINDOW, GRID, LARGE), (35, 35, 70)),
+    "ProxyAttention": (_proxy_attention, (290, 300, 545)),
+    "PT-DiT block, text": (partial(_block, PTDiT, *TEXT), (345, 375, 740)),
+    "PT-DiT block, classes": (partial(_block, PTDiT, *CLASSES), (310, 345, 695)),
+    "DiT block": (partial(_block, DiT, *CLASSES), (95, 120, 265)),
+}  # fmt: skip
+
+
+def limit(name: str, task: str) -> int:
+    return CASES[name][1][TASKS.index(task)]
+
+
+# How it is counted.
+
+
+class Counts(NamedTuple):
+    """Of one call: frames of our own, kernels of ours and of torch's."""
+
+    calls: int
+    launches: int
+    operations: int
+
+
+def own_calls(run: Callable[[], Any]) -> int:
+    """Python frames of the project that one call enters, resumed generators among them."""
+    count, outer = 0, sys.getprofile()
+
+    def enter(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and _is_own(frame.f_code.co_filename)
+
+    sys.setprofile(enter)
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+        run()
+    finally:
+        sys.setprofile(outer)
+    return count
 
 
-def _checkout(text: str) -> Path:
-    path = Path(text).resolve()
-    if not (path / "ptattn" / "__init__.py").is_file():
-        raise argparse.ArgumentTypeError(f"{text} is no checkout: it has no ptattn/__init__.py")
-    return path
+@functools.cache
+def _is_own(filename: str) -> bool:
+    path = Path(filename).resolve()
+    return any(path.is_relative_to(folder) for folder in OWN)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--only", metavar="REGEX", type=_pattern, default="", help="cases, such as '^attention$'"
-    )
-    parser.add_argument(
-        "--against", metavar="CHECKOUT", type=_checkout, help="a folder with another ptattn/"
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of a repeat of a case and task")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"argument --repeats: at least 1 is needed; got {args.repeats}")
-    return args
+class Operations(TorchDispatchMode):
+    """Counts operations of torch's that start a kernel: views and bare allocations start none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        free = func.is_view or name == "_unsafe_view" or "empty" in name
+        self.count += not free and func.namespace != "ptattn"  # ours show by their launches
+        return func(*args, **(kwargs or {}))
 
 
-def run(case: str, task: str, workers: Sequence[Measure], args: argparse.Namespace) -> Row:
-    """The workers take turns, in an order that changes from repeat to repeat."""
-    samples: list[list[Sample]] = [[] for _ in workers]
-    turns = list(zip(workers, samples, strict=True))
-    for _ in range(args.repeats):
-        for measure, own in turns:
-            own.append(measure(case, task, args.seconds))
-        turns.reverse()
-    return Row(case, task, *map(tuple, samples))
+@contextmanager
+def _ready(name: str, task: str) -> Iterator[tuple[Callable[[], Any], list[Any]]]:
+    """A warm run of a case, and the launches recorded since."""
+    make, _ = CASES[name]
+    with record(ARCH) as launches, torch.set_grad_enabled(task != NO_GRAD):
+        run = make().run(task)
+        for _ in range(WARM_UP):
+            run()
+        launches.clear()
+        yield run, launches
+
+
+def count(name: str, task: str) -> Counts:
+    """Frames are counted first and alone: a dispatch mode sends the operations another way."""
+    with _ready(name, task) as (run, launches):
+        calls = own_calls(run)
+        launches.clear()
+        with Operations() as operations:
+            run()
+        return Counts(calls, len(launches), operations.count)
+
+
+def seconds(name: str, task: str) -> float:
+    """The median of a call."""
+    with _ready(name, task) as (run, _):
+        return statistics.median(timeit.repeat(run, number=1, repeat=TIMED))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    chosen = [(case, task) for case in CASES if re.search(args.only, case) for task in TASKS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", metavar="REGEX", type=pattern, default=re.compile(""),
+                        help="cases, such as '^attention$'")  # fmt: skip
+    args = parser.parse_args(argv)
+    chosen = [name for name in CASES if args.only.search(name)]
     if not chosen:
-        raise SystemExit(f"no case matches {args.only.pattern!r}; they are {', '.join(CASES)}")
-    rows = []
-    with ExitStack() as stack:
-        checkouts = [ROOT, *([args.against] if args.against else [])]
-        workers = [stack.enter_context(worker(checkout)) for checkout in checkouts]
-        for case, task in chosen:
-            rows.append(run(case, task, workers, args))
-            if sys.stderr.isatty():
-                print(f"\r{len(rows)} of {len(chosen)} measured", end="\r", file=sys.stderr)
-    if args.json:
-        machine = environment.describe() | dict(threads=1)
-        found = dict(machine=machine, rows=[as_json(row) for row in rows])
-        args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    columns = (*COLUMNS, *(AGAINST if args.against else ()))
-    print(table(rows, columns, shutil.get_terminal_size().columns))
-    failed = [
-        f"{row.case}, {row.task}: {row.samples[0].calls} calls, of at most {row.limit}"
-        for row in rows
-        if row.too_many
-    ]
+        parser.error(f"no case matches {args.only.pattern!r}; they are {', '.join(CASES)}")
+    if not INTERPRETED:  # kernels that are compiled refuse CPU tensors before a launch is recorded
+        known = os.environ | {"TRITON_INTERPRET": "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.host", *sys.argv[1:]], known)
+    torch.set_num_threads(1)
+    rows, failed = [], []
+    for name in chosen:
+        for task in TASKS:
+            calls, launches, operations = count(name, task)
+            most, micro = limit(name, task), units.digits(seconds(name, task) * 1e6)
+            rows.append((name, task, calls, most, launches + operations, launches, micro))
+            if calls > most:
+                failed.append(f"{name}, {task}: {calls} calls, of at most {most}")
+    print(table(("case", "task", "calls", "limit", "kernels", "ours", "µs"), rows))
     print(f"\nMeasured: {len(rows)}. Over their limit: {len(failed)}.", *failed, sep="\n")
     return bool(failed)
 

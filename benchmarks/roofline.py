@@ -18,18 +18,18 @@ the last one with the programs that are left, after `LAUNCH`.
 Four constants: the two latencies of `sass`, `CLOCK` and `LAUNCH`. Left out: bytes that are read
 again, programs of unequal length, and copies by the tensor memory accelerator, whose latency a
 schedule does not show.
-`useful` counts the pairs of query and key and the channels that there are, `padded` those that the
-tiles hold, rows past a window and channels past the head dim included.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from benchmarks.compiled import Compiled, values
 from benchmarks.sass import SPECIAL_CYCLES, Code
 from ptattn.geometry import WindowGrid
 from ptattn.kernels import host
@@ -46,33 +46,8 @@ COPY_RATE = 4.3e12  # measured
 CLOCK = 1.755e9  # under load: kernels of attention ran at 1.72 to 1.80 GHz
 LAUNCH = 3.3e-6  # measured: what the clock of `ptattn bench` shows for a kernel with nothing to do
 
-# Matrix products of [rows, channels] by [channels, keys], or of that size, for each pair of tiles.
-PRODUCTS = {
-    "window_forward": 2,
-    "window_backward": 5,
-    "few_keys_forward": 2,
-    "few_keys_backward": 5,
-    "flash_forward": 2,
-    "flash_backward_q": 3,
-    "flash_backward_kv": 4,
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Bytes, floating-point operations of products, and exponentials of one launch; iterations of
-    the main loop of one program."""
-
-    bytes: int
-    useful: int
-    padded: int
-    exponentials: int
-    iterations: float = 0.0
-
-    @property
-    def useful_share(self) -> float:
-        """Of the operations done; 1 where there are none."""
-        return self.useful / self.padded if self.padded else 1.0
+# How the names of kernels begin that multiply matrices.
+PRODUCTS = ("window_", "few_keys_", "flash_")
 
 
 @dataclass(frozen=True)
@@ -87,18 +62,6 @@ class Start:
     code: Code
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds: what each resource would take if it were alone, and all together."""
-
-    memory: float
-    issue: float
-    tensor: float
-    special: float
-    latency: float  # of the waves
-    total: float
-
-
 def programs_per_sm(registers: int, shared: int, warps: int) -> int:
     """Programs that an H200's multiprocessor holds; registers are those of one thread."""
     per_warp = -(-registers * 32 // 256) * 256  # granted to a warp by 256
@@ -110,29 +73,28 @@ def programs_per_sm(registers: int, shared: int, warps: int) -> int:
     )
 
 
-def values(launch: Launch) -> dict[str, Any]:
-    """The runtime arguments by name."""
-    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
-    return dict(zip(names, launch.args, strict=True))
+def start(launch: Launch, built: Compiled) -> Start:
+    """Of a kernel compiled for sm90."""
+    warps = launch.config.warps
+    per_sm = programs_per_sm(built.resources.registers, built.shared, warps)
+    return Start(launch.programs, warps, per_sm, bytes_of(launch), iterations(launch), built.code)
 
 
-def work(launch: Launch) -> Work:
+def bytes_of(launch: Launch) -> int:
     # One tensor stands for another where a kernel does not use an argument: count it once.
     tensors = {id(a): a for a in launch.args if isinstance(a, Tensor)}.values()
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    if launch.kernel.__name__ not in PRODUCTS:
-        return Work(size, 0, 0, 0, _rowwise_iterations(launch))
-    useful, padded = _pairs(launch)
-    constants = launch.constants
-    channels = constants["D0"] + constants["D1"]
-    per_pair = 2 * PRODUCTS[launch.kernel.__name__]
-    tile = constants["ROWS"] * constants.get("KEYS", constants["ROWS"])
-    # Small windows that share a tile loop only over what is not finite.
-    loops = constants.get("SLOTS", constants["ROWS"]) == constants["ROWS"]
-    iterations = padded / (max(1, launch.programs) * tile) if loops else 0.0
-    return Work(
-        size, per_pair * useful * constants["D"], per_pair * padded * channels, padded, iterations
-    )
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def iterations(launch: Launch) -> float:
+    """Of one program's main loop."""
+    if not launch.kernel.__name__.startswith(PRODUCTS):
+        return _rowwise_iterations(launch)
+    rows = launch.constants["ROWS"]
+    if launch.constants.get("SLOTS", rows) != rows:
+        return 0.0  # small windows that share a tile loop only over what is not finite
+    tile = rows * launch.constants.get("KEYS", rows)
+    return _pairs(launch) / (max(1, launch.programs) * tile)
 
 
 def _rowwise_iterations(launch: Launch) -> float:
@@ -148,7 +110,8 @@ def _rowwise_iterations(launch: Launch) -> float:
     return _blocks(_blocks(tokens, rows), given["splits"])
 
 
-def predict(start: Start, copy_rate: float = COPY_RATE) -> Prediction:
+def predict(start: Start, copy_rate: float = COPY_RATE) -> float:
+    """Seconds."""
     once, loop = start.code.once, start.code.loop
     passes = start.iterations / start.code.unrolled if loop else 0.0
 
@@ -159,20 +122,13 @@ def predict(start: Start, copy_rate: float = COPY_RATE) -> Prediction:
     tensor, alone = of_a_program("tensor"), of_a_program("cycles")
     # Cycles of a multiprocessor's resources that one program keeps busy.
     per_scheduler = start.warps / SCHEDULERS
-    rate = copy_rate / MULTIPROCESSORS / CLOCK
-    busy = (
-        start.bytes / max(1, start.programs) / rate,
-        instructions * per_scheduler,
-        tensor * per_scheduler,
-        special * per_scheduler,
-    )
+    memory = start.bytes / max(1, start.programs) / (copy_rate / MULTIPROCESSORS / CLOCK)
+    busy = (memory, *(per_scheduler * part for part in (instructions, tensor, special)))
     waiting = max(0.0, alone - instructions - tensor - special)
     waves, rest = divmod(start.programs / MULTIPROCESSORS, start.per_sm)
     cycles = waves * _cycle(start.per_sm, waiting, busy)
     cycles += _cycle(math.ceil(rest), waiting, busy) if rest else 0.0
-    each = (start.programs / MULTIPROCESSORS * b / CLOCK for b in busy)
-    latency = (waves + (rest > 0)) * alone / CLOCK
-    return Prediction(*each, latency, LAUNCH + cycles / CLOCK)
+    return LAUNCH + cycles / CLOCK
 
 
 def _cycle(programs: int, waiting: float, busy: tuple[float, ...]) -> float:
@@ -191,34 +147,27 @@ def _blocks(n: float, size: int) -> int:
     return -(-math.ceil(n) // size)
 
 
-def _pairs(launch: Launch) -> tuple[int, int]:
-    """Pairs of query and key of all samples and heads: those that there are, those in the tiles."""
+def _pairs(launch: Launch) -> int:
+    """Pairs of query and key in the tiles of all samples and heads."""
     given, rows = values(launch), launch.constants["ROWS"]
     batch, queries, heads, _ = given["q"].shape
     if "SLOTS" in launch.constants:
-        windows = _windows(given)
-        tiles = -(-windows.num_windows // (rows // launch.constants["SLOTS"]))
-        return batch * heads * windows.num_pairs, batch * heads * tiles * rows**2
+        tiles = _blocks(_windows(given).num_windows, rows // launch.constants["SLOTS"])
+        return batch * heads * tiles * rows**2
+    keys = launch.constants["KEYS"]
     if launch.constants.get("WINDOWED"):
-        windows = _windows(given)
-        padded = _padded_window_pairs(windows, rows, launch.constants["KEYS"])
-        return batch * heads * windows.num_pairs, batch * heads * padded
-    keys = given["k"].shape[1]
-    padded = _pad(queries, rows) * _pad(keys, launch.constants["KEYS"])
-    return batch * heads * queries * keys, batch * heads * padded
+        return batch * heads * _padded_window_pairs(_windows(given), rows, keys)
+    blocks = _blocks(queries, rows) * _blocks(given["k"].shape[1], keys)
+    return batch * heads * blocks * rows * keys
 
 
 def _padded_window_pairs(windows: WindowGrid, rows: int, keys: int) -> int:
     """Of windows that loop over their keys in blocks of `keys`."""
     total = 0
-    for frames in windows.segments(0):
-        for lines in windows.segments(1):
-            for columns in windows.segments(2):
-                runs = (frames, lines, columns)
-                count = math.prod(run.number for run in runs)
-                extents = [run.size for run in runs]
-                blocks = [host.blocks_of_box(extents, size) * size for size in (rows, keys)]
-                total += count * math.prod(blocks)
+    for runs in itertools.product(*map(windows.segments, range(3))):
+        extents = [run.size for run in runs]
+        blocks = [host.blocks_of_box(extents, size) * size for size in (rows, keys)]
+        total += math.prod(run.number for run in runs) * math.prod(blocks)
     return total
 
 
@@ -228,7 +177,3 @@ def _windows(given: dict[str, Any]) -> WindowGrid:
         for names in (("f", "h", "w"), ("pf", "ph", "pw"), ("of", "oh", "ow"))
     )
     return WindowGrid(grid, window, tuple(-o % p for o, p in zip(offset, window, strict=True)))
-
-
-def _pad(n: int, block: int) -> int:
-    return -(-n // block) * block

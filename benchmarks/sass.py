@@ -75,7 +75,9 @@ def read(text: str) -> Code:
     once = _follow([i for i in instructions if i.address not in inside], 1)
     if not loops:
         return Code(once)
-    main = _main(loops)
+    # The shortest of those that multiply, which is the one without a mask; or the longest.
+    multiplying = [loop for loop in loops if _count(loop, "HGMMA")]
+    main = min(multiplying, key=len) if multiplying else max(loops, key=len)
     fewest = min(_count(loop, "LDG") for loop in loops)
     unrolled = max(1, _count(main, "LDG") // max(1, fewest))
     return Code(once, _follow(main, STEADY), unrolled)
@@ -112,12 +114,6 @@ def _innermost_loops(instructions: list[Instruction]) -> list[list[Instruction]]
         for loop in loops
         if not any(o is not loop and o[0] in loop and o[-1] in loop for o in loops)
     ]
-
-
-def _main(loops: list[list[Instruction]]) -> list[Instruction]:
-    """The shortest of those that multiply, which is the one without a mask; or the longest."""
-    multiplying = [loop for loop in loops if _count(loop, "HGMMA")]
-    return min(multiplying, key=len) if multiplying else max(loops, key=len)
 
 
 def _count(instructions: list[Instruction], name: str) -> int:

@@ -7,118 +7,81 @@ The files are those of `ptattn bench`; of each target the last row that it conce
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from benchmarks.tables import table
 from ptattn.bench import results
-from ptattn.bench.results import EAGER, GRAPH, Row
+from ptattn.bench.results import EAGER, GPU_ALONE, GRAPH, Row
 from ptattn.command_line import UsageError
 
-IMAGE, LARGE_IMAGE, VIDEO = "1024 px w1x8x8", "2048 px w1x16x16", "video 512 px w4x4x4"
-XL, BASELINE = "PT-DiT/XL", "DiT/XL"
-# Of a row, given all rows of its workload and task.
-Value = Callable[[Row, Sequence[Row]], float | None]
+IMAGE, VIDEO = "2048 px w1x16x16 b1", "video 512 px w4x4x4 b1"
+XL, FUSED, BASELINE = "PT-DiT/XL", "PT-DiT/XL fused", "DiT/XL"
 
 
-@dataclass(frozen=True)
-class Target:
-    workload: str
-    task: str
-    name: str
-    modes: tuple[str, ...]
-    value: Value
+class Kind(NamedTuple):
+    """What is limited, of a row with a time and the rows of its workload and task; None where a row
+    has none. The limit is the least or the most; the first of the modes counts that there is."""
+
+    value: Callable[[Row, Sequence[Row]], float | None]
     show: str
-    limit: float
-    least: bool  # whether the limit is the least, not the most
-
-    def met(self, value: float) -> bool:
-        return value >= self.limit if self.least else value <= self.limit
+    least: bool
+    modes: tuple[str, ...]
 
 
-def _operation(workload: str, task: str, value: Value, show: str, limit: float) -> Target:
-    modes = (results.GPU_ALONE,)
-    return Target(f"{workload} b1", task, "ptattn", modes, value, show, limit, show == SHARE)
-
-
-def _speed(size: str, limit: float, name: str = XL) -> Target:
-    return Target(f"model {size} b1", "forward", name, (GRAPH,), _faster, SPEED, limit, True)
-
-
-def _over_floor(task: str, limit: float) -> Target:
-    modes = (GRAPH, EAGER)
-    return Target("block 2048 px b1", task, XL, modes, _floors, "{:.2f} × floor", limit, False)
-
-
-def _time(row: Row, group: Sequence[Row]) -> float | None:
-    return row.seconds and row.seconds * 1e6
-
-
-def _share(row: Row, group: Sequence[Row]) -> float | None:
-    return row.share and row.share * 100
-
-
-def _floors(row: Row, group: Sequence[Row]) -> float | None:
-    return 1 / row.share if row.share else None
-
-
-def _faster(row: Row, group: Sequence[Row]) -> float | None:
-    return results.speedup(row, group, BASELINE)
-
-
-TIME, SHARE, SPEED = "{:.0f} µs", "{:.0f} % of floor", "{:.2f} × " + BASELINE
+SHARE = Kind(lambda row, _: row.share and row.share * 100, "{:.0f} % of floor", True, (GPU_ALONE,))
+TIME = Kind(lambda row, _: (row.seconds or 0.0) * 1e6, "{:.0f} µs", False, (GPU_ALONE,))
+FLOORS = Kind(lambda row, _: row.share and 1 / row.share, "{:.2f} × floor", False, (GRAPH, EAGER))
+SPEED = Kind(
+    lambda row, group: results.speedup(row, group, BASELINE), f"{{:.2f}} × {BASELINE}", True,
+    (GRAPH,),
+)  # fmt: skip
 TARGETS = (
-    _operation(f"norm XL {LARGE_IMAGE}", "backward", _share, SHARE, 60),
-    _operation(f"norm XL {VIDEO}", "backward", _share, SHARE, 60),
-    _operation(f"window XL {VIDEO}", "forward", _share, SHARE, 75),
-    _operation(f"window XL {VIDEO}", "backward", _share, SHARE, 55),
-    _operation(f"window XL {LARGE_IMAGE}", "forward", _time, TIME, 75),
-    _operation(f"window XL {LARGE_IMAGE}", "backward", _time, TIME, 280),
-    _operation(f"cross XL {LARGE_IMAGE}", "backward", _time, TIME, 110),
-    _over_floor("forward", 1.2),
-    _over_floor("training", 1.4),
-    _speed("1024 px", 0.95),
-    _speed("2048 px", 2.2),
-    _speed("48×512 px", 5.7),
-    _speed("1024 px", 0.95, f"{XL} fused"),
-    _speed("2048 px", 2.2, f"{XL} fused"),
-    _speed("48×512 px", 5.7, f"{XL} fused"),
+    (f"norm XL {IMAGE}", "backward", "ptattn", SHARE, 60),
+    (f"norm XL {VIDEO}", "backward", "ptattn", SHARE, 60),
+    (f"window XL {VIDEO}", "forward", "ptattn", SHARE, 75),
+    (f"window XL {VIDEO}", "backward", "ptattn", SHARE, 55),
+    (f"window XL {IMAGE}", "forward", "ptattn", TIME, 75),
+    (f"window XL {IMAGE}", "backward", "ptattn", TIME, 280),
+    (f"cross XL {IMAGE}", "backward", "ptattn", TIME, 110),
+    ("block 2048 px b1", "forward", XL, FLOORS, 1.2),
+    ("block 2048 px b1", "training", XL, FLOORS, 1.4),
+    *(
+        (f"model {size} b1", "forward", name, SPEED, limit)
+        for name in (XL, FUSED)
+        for size, limit in (("1024 px", 0.95), ("2048 px", 2.2), ("48×512 px", 5.7))
+    ),
 )
 
 
-def report(rows: Sequence[Row]) -> list[str]:
+def report(rows: Sequence[Row]) -> str:
     """In Markdown: the targets that a row concerns."""
-    lines = ["| target | limit | measured | |", "| --- | ---: | ---: | --- |"]
-    groups = results.groups(rows)
-    for target in TARGETS:
-        group = groups.get((target.workload, target.task), [])
-        for mode in target.modes:
-            own = [r for r in group if (r.name, r.mode) == (target.name, mode) and r.timing]
-            value = target.value(own[-1], group) if own else None
-            if value is None:
-                continue
-            sign, verdict = "≥" if target.least else "≤", "met" if target.met(value) else "not met"
-            what = f"{target.workload}, {target.task}, {target.name}, {mode}"
-            shown = target.show.format(value)
-            lines.append(f"| {what} | {sign} {target.limit:g} | {shown} | {verdict} |")
-            break
-    return lines
+    lines, groups = [], results.groups(rows)
+    for workload, task, name, kind, limit in TARGETS:
+        group = groups.get((workload, task), [])
+        own = {row.mode: row for row in group if row.name == name and row.timing}
+        mode = next((mode for mode in kind.modes if mode in own), None)
+        value = None if mode is None else kind.value(own[mode], group)
+        if value is not None:
+            met = value >= limit if kind.least else value <= limit
+            what = f"{workload}, {task}, {name}, {mode}"
+            bound = f"{'≥' if kind.least else '≤'} {limit:g}"
+            lines.append((what, bound, kind.show.format(value), "met" if met else "not met"))
+    return table(("target", "limit", "measured", ""), lines)
 
 
-def main(paths: Sequence[str] | None = None) -> int:
-    given = sys.argv[1:] if paths is None else paths
-    if not given:
-        print("usage: python -m benchmarks.targets RESULT.json ...", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", metavar="RESULT.json", nargs="+", type=Path)
+    args = parser.parse_args(argv)
     try:
-        rows = [row for path in given for row in results.load(Path(path)).rows]
+        print(report([row for path in args.files for row in results.load(path).rows]))
     except UsageError as error:
-        print(f"benchmarks.targets: {error}", file=sys.stderr)
-        return 2
-    print(*report(rows), sep="\n")
-    return 0
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,30 +1,27 @@
 """The fastest tile sizes of every kernel on the GPU at hand.
 
-    python -m benchmarks.tune [--only PATTERN] [--budget SECONDS] [--write FILE]
+    python -m benchmarks.tune --write FILE [--only PATTERN] [--budget SECONDS]
 
 For each kernel and each class of sizes that configs.json tells apart, a small grid of settings runs
 on a few shapes; each is held to the tolerance rule before it is timed. A setting that is at least
-2 % faster than the default takes its place. The entries go under the GPU's architecture, into
-kernels/configs.json or another file, which the environment variable PTATTN_CONFIGS then names;
-"default" is left alone; its entries follow the new ones, for the sizes that none of these covers.
+2 % faster than the present one takes its place. The file has the kernels of which one has changed,
+under the GPU's architecture, the present settings of their other classes and the defaults after
+them; the environment variable PTATTN_CONFIGS then names it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +31,12 @@ from ptattn import files
 from ptattn.bench import clocks, op_gate
 from ptattn.bench.clocks import Clock, Run
 from ptattn.bench.command import pattern
+from ptattn.bench.harness import first_line
 from ptattn.bench.op_run import bind
 from ptattn.bench.op_workloads import Operation
 from ptattn.kernels import configs, host
 from ptattn.kernels.configs import Config
 
-Entry = dict[str, int]
-Table = dict[str, dict[str, list[Entry]]]
 GAIN = 0.98
 IMAGE, LARGE, VIDEO = (1, 64, 64), (1, 128, 128), (12, 64, 64)
 # Of tiles that hold a head dim of 64, 72 and 128, the paper's first.
@@ -65,26 +61,25 @@ class Job:
 
 
 def _case(op: str, head_dim: int, grid: Any, window: Any, batch: int = 1) -> Operation:
-    return Operation(op, "tune", "x".join(map(str, grid)), grid, window, HEADS, head_dim, batch)
+    return Operation(op, "tune", str(grid), grid, window, HEADS, head_dim, batch)
 
 
 def jobs() -> list[Job]:
     """The most important first: the paper's head dim before the others."""
     bounds = (("max_bytes", 2), ("max_channels", 2048))  # wide tokens need their own warps
+    norms, pools = (
+        (_case(op, 72, LARGE, (1, 16, 16)), _case(op, 72, VIDEO, (4, 4, 4)))
+        for op in ("norm", "norm-pool")
+    )
     found = [
-        Job("norm_forward", bounds, _passes("norm")),
-        Job("pool_forward", bounds, _passes("norm-pool")),
-        Job("norm_backward", (*bounds, ("max_means", 0)), _passes("norm")),
-        Job("norm_backward", bounds, _passes("norm-pool")),
+        Job("norm_forward", bounds, norms),
+        Job("pool_forward", bounds, pools),
+        Job("norm_backward", (*bounds, ("max_means", 0)), norms),
+        Job("norm_backward", bounds, pools),
     ]
     for channels, head_dim in HEAD_DIMS.items():
         found += _attention_jobs(channels, head_dim)
     return found
-
-
-def _passes(op: str) -> tuple[Operation, ...]:
-    cases = ((LARGE, (1, 16, 16)), (VIDEO, (4, 4, 4)))
-    return tuple(_case(op, 72, grid, window) for grid, window in cases)
 
 
 def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
@@ -114,23 +109,20 @@ def _attention_jobs(channels: int, head_dim: int) -> Iterator[Job]:
         yield Job(f"flash_{name}", (*bounds, *dense), many)
 
 
-def candidates(kernel: str) -> list[Entry]:
+def candidates(kernel: str) -> list[Config]:
     """Settings worth a try. A warp group multiplies 64 rows: fewer would lose wgmma, and a tile of
     128 leaves no registers to 4 warps but in `flash_forward`."""
     if kernel.startswith(("pool", "norm")):
-        return [dict(warps=warps, stages=stages) for warps in (2, 4, 8) for stages in (1, 3)]
+        return [Config(warps, stages) for warps in (2, 4, 8) for stages in (1, 3)]
     tiles = ((64, 4), (64, 8), (128, 8))
     if kernel.startswith(("window", "few_keys")):
-        return [
-            dict(rows=rows, warps=warps, stages=stages)
-            for (rows, warps), stages in itertools.product(tiles, (1, 2, 3))
-        ]
-    # The side whose gradient is kept in registers sets the warps.
-    own, other = ("keys", "rows") if kernel.endswith("_kv") else ("rows", "keys")
+        return [Config(warps, stages, rows) for rows, warps in tiles for stages in (1, 2, 3)]
     if kernel == "flash_forward":
         tiles = (*tiles, (128, 4))
+    # The side whose gradient is kept in registers sets the warps.
+    own, other = ("keys", "rows") if kernel.endswith("_kv") else ("rows", "keys")
     return [
-        {own: size, other: across, "warps": warps, "stages": stages}
+        Config(warps, stages, **{own: size, other: across})
         for (size, warps), across, stages in itertools.product(tiles, (64, 128), (2, 3))
     ]
 
@@ -138,23 +130,20 @@ def candidates(kernel: str) -> list[Entry]:
 # The table of configurations.
 
 
-def present(table: Table, arch: str, job: Job) -> Entry:
-    """The setting that a job's class has; a class of flash without `max_queries` is dense, one of
-    small windows without `max_slots` of those alone in their tile."""
+def present(job: Job, arch: str) -> Config:
+    """What a job's class has; a class of flash without `max_queries` is dense, one of small windows
+    without `max_slots` of those alone in their tile."""
     sizes = {"queries": math.inf, "windowed": 0, "slots": 64, "means": 1}
     sizes |= {name.removeprefix("max_"): value for name, value in job.bounds}
-    for entry in table.get(arch, {}).get(job.kernel) or table["default"][job.kernel]:
-        if all(size <= entry.get(f"max_{name}", size) for name, size in sizes.items()):
-            return {k: v for k, v in entry.items() if not k.startswith("max_")}
-    raise LookupError(f"configs.json has no setting for {job}")
+    return configs.find(job.kernel, arch, **sizes)
 
 
 @contextmanager
-def setting(arch: str, kernel: str, entry: Entry) -> Iterator[None]:
+def setting(arch: str, kernel: str, config: Config) -> Iterator[None]:
     """Let a kernel have this setting for all sizes, in this process."""
     own = configs.table().setdefault(arch, {})
     before = own.get(kernel)
-    own[kernel] = [entry]
+    own[kernel] = [asdict(config)]
     host.forget_plans()
     try:
         yield
@@ -165,65 +154,37 @@ def setting(arch: str, kernel: str, entry: Entry) -> Iterator[None]:
         host.forget_plans()
 
 
-def merged(table: Table, arch: str, found: dict[Job, Entry]) -> Table:
-    """The table with the entries found: narrow bounds first, the defaults after them."""
-    own = dict(table.get(arch, {}))
-    for kernel in dict.fromkeys(job.kernel for job in found):
-        settings = {job: entry for job, entry in found.items() if job.kernel == kernel}
-        entries = [dict(job.bounds) | settings[job] for job in sorted(settings, key=_narrowness)]
-        own[kernel] = entries + table["default"][kernel]
-    return {**table, arch: own}
-
-
-def _narrowness(job: Job) -> tuple[float, ...]:
-    bounds = dict(job.bounds)
+def entries(kernel: str, settings: Mapping[Job, Config]) -> list[dict[str, int]]:
+    """Of all classes of a kernel, as bounds are upper ones only: without entries of their own the
+    others would take that of the one that changed. Narrow bounds first, the defaults after them."""
     names = ("max_channels", "max_keys", "max_queries", "max_means")
-    return tuple(bounds.get(name, math.inf) for name in names)
-
-
-def write(path: Path, table: Table) -> None:
-    """As configs.json is laid out: an entry per line, where all do not fit one."""
-    archs = []
-    for arch, kernels in table.items():
-        lines = [
-            f'    "{name}": {_entries(entries, len(name))}' for name, entries in kernels.items()
-        ]
-        archs.append(f'  "{arch}": {{\n' + ",\n".join(lines) + "\n  }")
-    files.write("{\n" + ",\n".join(archs) + "\n}\n", path)
-
-
-def _entries(entries: Sequence[Entry], name: int) -> str:
-    each = [json.dumps(entry) for entry in entries]
-    if len(each) == 1 and len(each[0]) + name < 88:
-        return f"[{each[0]}]"
-    return "[\n      " + ",\n      ".join(each) + "\n    ]"
+    own = [dict(job.bounds) | asdict(settings[job]) for job in settings if job.kernel == kernel]
+    own.sort(key=lambda entry: [entry.get(name, math.inf) for name in names])
+    return own + configs.table()["default"][kernel]
 
 
 # Trying.
 
 
 def try_job(
-    job: Job, first: Entry, arch: str, clock: Clock, device: str, seconds: float
-) -> tuple[Entry, str]:
+    job: Job, first: Config, arch: str, clock: Clock, device: str, seconds: float
+) -> tuple[Config, str]:
     """The fastest setting for a job that has `first`, and what was seen, in words."""
-    known = Config(**first)
-    tried = [first, *(e for e in candidates(job.kernel) if Config(**e) != known)]
-    times: dict[int, float] = {}
+    times: dict[Config, float] = {}
     refused = []
-    for i, entry in enumerate(tried):
+    for config in dict.fromkeys((first, *candidates(job.kernel))):
         try:
-            with setting(arch, job.kernel, entry):
-                times[i] = _time(job, clock, device, seconds)
+            with setting(arch, job.kernel, config):
+                times[config] = _time(job, clock, device, seconds)
         except Exception as error:  # too much shared memory, a wrong result: no candidate
-            reason = str(error).splitlines() or [""]
-            refused.append(f"\n    {entry}: {type(error).__name__}: {reason[0][:120]}")
-    if 0 not in times:
+            refused.append(f"\n    {config}: {first_line(error)}")
+    if first not in times:
         return first, "the present setting does not run here" + "".join(refused)
     best = min(times, key=times.__getitem__)
-    if times[best] > GAIN * times[0]:
-        best = 0
-    seen = f"{times[best] * 1e6:.1f} µs with {tried[best]}, {times[0] * 1e6:.1f} with {first}"
-    return tried[best], seen + "".join(refused)
+    if times[best] > GAIN * times[first]:
+        best = first
+    seen = f"{times[best] * 1e6:.1f} µs with {best}, {times[first] * 1e6:.1f} with {first}"
+    return best, seen + "".join(refused)
 
 
 def _time(job: Job, clock: Clock, device: str, seconds: float) -> float:
@@ -242,65 +203,52 @@ def _bind(case: Operation, inputs: Any, task: str) -> Run:
     return bind(lambda tensors: case.call("triton", tensors, inputs.key_mask), inputs, task)
 
 
-def compile_setting(job: Job, arch: str, entry: Entry) -> None:
+def compile_setting(job: Job, arch: str, config: Config) -> None:
     """Run a setting once, in a process of its own: Triton keeps what it compiled on disk."""
-    with setting(arch, job.kernel, entry):
+    with setting(arch, job.kernel, config):
         for case in job.cases:
             _bind(case, case.inputs("cuda"), job.task)()
 
 
-def precompile(todo: Sequence[Job], arch: str, deadline: float) -> None:
+def precompile(todo: Sequence[Job], arch: str, seconds: float) -> None:
     """Compile all settings on all cores, before any is timed; failures show again in `try_job`."""
-    workers = min(8, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    futures = [
-        pool.submit(compile_setting, job, arch, entry)
-        for job in todo
-        for entry in candidates(job.kernel)
-    ]
-    done, late = wait(futures, timeout=max(0.0, deadline - time.monotonic()))
-    broken = any(isinstance(future.exception(), BrokenProcessPool) for future in done)
-    if late or broken:
-        why = "a process died" if broken else "time is up"
-        print(f"compiled ahead {len(done)} of {len(futures)} settings: {why}")
+    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context)
+    tried = ((job, arch, config) for job in todo for config in candidates(job.kernel))
+    futures = [pool.submit(compile_setting, *one) for one in tried]
+    done, _ = wait(futures, timeout=seconds)
+    well = sum(future.exception() is None for future in done)
+    print(f"compiled ahead: {well} of {len(futures)} settings", flush=True)
     pool.shutdown(wait=True, cancel_futures=True)
 
 
 def search(
     todo: Sequence[Job], arch: str, clock: Clock, device: str, deadline: float, path: Path
-) -> int:
+) -> None:
     """Try the jobs in turn and write after each; those not reached keep what they have."""
-    # Of the package's file alone where that is written, not of the user's beside it.
-    known = json.loads(path.read_text("utf-8")) if path == configs.PATH else configs.table()
-    table: Table = {name: dict(kernels) for name, kernels in known.items()}
-    tuned: dict[str, list[Entry]] = {}
+    settings = {job: present(job, arch) for job in jobs()}
+    changed: dict[str, None] = {}  # kernels
     for job in todo:
         if time.monotonic() > deadline:
             print(f"not reached: {job}")
             continue
-        first = present(table, arch, job)
-        best, seen = try_job(job, first, arch, clock, device, seconds=0.05)
+        best, seen = try_job(job, settings[job], arch, clock, device, seconds=0.05)
         print(f"{job}: {seen}", flush=True)
-        if best != first:
-            # Bounds are upper ones only: without entries of their own, the kernel's other classes
-            # would take this one's.
-            classes = [other for other in jobs() if other.kernel == job.kernel]
-            settings = {other: present(table, arch, other) for other in classes}
-            table = merged(table, arch, settings | {job: best})
-            tuned |= {job.kernel: table[arch][job.kernel]}
-            write(path, table if path == configs.PATH else {arch: tuned})
-    return 0
+        if best != settings[job]:
+            settings[job] = best
+            changed[job.kernel] = None
+            found = {kernel: entries(kernel, settings) for kernel in changed}
+            files.write_json({arch: found}, path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", metavar="PATTERN", type=pattern, default=re.compile(""),
                         help="jobs whose name matches, such as 'flash.*channels=96'")  # fmt: skip
     parser.add_argument("--budget", type=float, default=500.0, help="seconds (%(default)s)")
-    parser.add_argument("--write", metavar="FILE", type=Path, default=configs.PATH,
-                        help="for the entries (default: the package's configs.json)")  # fmt: skip
+    parser.add_argument("--write", metavar="FILE", type=Path, required=True,
+                        help="for the entries")  # fmt: skip
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.budget
     todo = [job for job in jobs() if args.only.search(str(job))]
@@ -309,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA GPU, and torch finds none")
     arch = "sm{}{}".format(*torch.cuda.get_device_capability())
-    precompile(todo, arch, deadline - 0.6 * args.budget)
-    return search(todo, arch, clocks.GpuClock(), "cuda", deadline, args.write)
+    precompile(todo, arch, 0.4 * args.budget)
+    search(todo, arch, clocks.GpuClock(), "cuda", deadline, args.write)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

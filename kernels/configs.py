@@ -6,8 +6,8 @@ that of the tile of a few keys, `slots` the rows that a small window takes of it
 how many there are; `windowed` is 1 for windows, `masked` for a key mask, `means` for a norm with
 window means.
 "default" serves every architecture and kernel that has no entries of its own.
-`python -m benchmarks.tune` writes entries for the GPU at hand, here or into a file of the user's:
-the entries of the file that the environment variable PTATTN_CONFIGS names come before these.
+`python -m benchmarks.tune` writes entries for the GPU at hand into a file of the user's: the
+entries of the file that the environment variable PTATTN_CONFIGS names come before these.
 
 "dense_by_torch" is no kernel of ours: it has the dense attentions that a kernel of torch's was
 measured to do faster, as `Faster` has it. It is written by hand, from a run of `ptattn bench ops`.

@@ -1,5 +1,6 @@
 """`python -m benchmarks.tune` and the file of its user: what is tried, kept, written and read."""
 
+import dataclasses
 import json
 import time
 
@@ -33,8 +34,7 @@ def fresh():
 
 
 def search(job, path, *seconds, left=60.0, arch="cpu"):
-    clock = FakeClock(*seconds)
-    assert tune.search([job], arch, clock, "cpu", time.monotonic() + left, path) == 0
+    tune.search([job], arch, FakeClock(*seconds), "cpu", time.monotonic() + left, path)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -47,7 +47,7 @@ def test_a_user_s_file_gets_the_fastest_and_comes_first(job, tmp_path, monkeypat
     mine, *rest = written["sm90"]["window_forward"]
     assert rest == before["default"]["window_forward"]
     winner = {name: value for name, value in mine.items() if name not in dict(job.bounds)}
-    assert winner in tune.candidates("window_forward")
+    assert configs.Config(**winner) in tune.candidates("window_forward")
     assert mine == dict(job.bounds) | winner
 
     sizes = dict(bytes=2, channels=96, keys=64)
@@ -71,19 +71,27 @@ def test_a_user_s_file_that_cannot_be_read_is_named(content, tmp_path, monkeypat
         configs.find("window_forward", "cpu", bytes=2)
 
 
-def test_the_table_of_the_package_keeps_its_default(job, tmp_path, monkeypatch):
-    path = tmp_path / "configs.json"
-    tune.write(path, configs.table())
-    monkeypatch.setattr(configs, "PATH", path)
-    before = json.loads(path.read_text())
-    assert before == configs.table()  # as it is laid out
-    search(job, path)  # all as fast as the default
-    assert json.loads(path.read_text()) == before
-    search(job, path, 4.0, 4.0, 1.0, 1.0)
-    after = json.loads(path.read_text())
-    assert after.keys() - before.keys() <= {"cpu"}
-    assert after["default"] == before["default"]
-    assert tune.present(after, "cpu", job) == tune.candidates("window_forward")[1]
+def test_what_is_no_faster_is_not_written(job, tmp_path):
+    search(job, tmp_path / "mine.json")  # all as fast as the present setting
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_the_other_classes_of_a_kernel_keep_their_settings(tmp_path, monkeypatch):
+    """Bounds are upper ones: the entry of the wider class alone would have served both."""
+    near, wide = (
+        tune.Job("window_forward", (("max_bytes", 2), ("max_channels", channels)), ())
+        for channels in (64, 96)
+    )
+    faster = configs.Config(warps=8, stages=3)
+    monkeypatch.setattr(tune, "jobs", lambda: [wide, near])
+    monkeypatch.setattr(tune, "try_job", lambda job, *_, **__: (faster, "seen"))
+    tune.search([wide], "cpu", None, "cpu", time.monotonic() + 60, tmp_path / "mine.json")
+    first, second, *rest = json.loads((tmp_path / "mine.json").read_text())["cpu"]["window_forward"]
+    present = tune.present(near, "cpu")
+    assert present != faster
+    assert first == dict(near.bounds) | dataclasses.asdict(present)
+    assert second == dict(wide.bounds) | dataclasses.asdict(faster)
+    assert rest == configs.table()["default"]["window_forward"]
 
 
 def test_tuning_stops_at_its_deadline(job, tmp_path, capsys):
@@ -94,7 +102,7 @@ def test_tuning_stops_at_its_deadline(job, tmp_path, capsys):
 
 def test_tuning_rejects_wrong_results(job, monkeypatch):
     falsify(monkeypatch, "out")
-    first = tune.present(configs.table(), "cpu", job)
+    first = tune.present(job, "cpu")
     best, seen = tune.try_job(job, first, "cpu", FakeClock(), "cpu", 0.0)
     assert best == first
     assert "WrongError: out" in seen
@@ -102,8 +110,9 @@ def test_tuning_rejects_wrong_results(job, monkeypatch):
 
 def test_a_setting_holds_only_while_it_is_tried():
     table, found = json.dumps(configs.table()), configs.find("window_forward", "cpu", bytes=2)
-    with tune.setting("cpu", "window_forward", dict(rows=128, warps=8)):
-        assert configs.find("window_forward", "cpu", bytes=2) == configs.Config(8, rows=128)
+    tried = configs.Config(8, rows=128)
+    with tune.setting("cpu", "window_forward", tried):
+        assert configs.find("window_forward", "cpu", bytes=2) == tried
     assert configs.find("window_forward", "cpu", bytes=2) == found
     assert {"cpu": {}} | configs.table() == {"cpu": {}} | json.loads(table)
 
@@ -112,16 +121,17 @@ def test_tuning_covers_every_kernel_of_the_table():
     jobs = tune.jobs()
     assert {job.kernel for job in jobs} == set(configs.table()["default"])
     for job in jobs:
-        assert tune.present(configs.table(), "cpu", job)
-        assert all(configs.Config(**entry) for entry in tune.candidates(job.kernel))
+        assert tune.present(job, "cpu")
+        assert tune.candidates(job.kernel)
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--only", "nothing"], "no job matches 'nothing'"),
-        (["--only", "("], "regular expression"),
+        (["--write", "mine.json", "--only", "nothing"], "no job matches 'nothing'"),
+        (["--write", "mine.json", "--only", "("], "regular expression"),
         (["--write", "mine.json"], "needs a CUDA GPU"),
+        ([], "required: --write"),
     ],
 )
 def test_arguments_of_tuning(arguments, part, capsys, monkeypatch):

@@ -5,66 +5,64 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import aot, checks, compiled, roofline, tables
-from benchmarks.compiled import Compiled, Instructions, Resources, Tiles
+from benchmarks import aot, checks, compiled, roofline
+from benchmarks.aot import Case, Row
+from benchmarks.compiled import Compiled, Hopper, Resources
 from benchmarks.sass import Code, Part
-from ptattn.geometry import WindowGrid
+from ptattn.bench.op_workloads import Operation
+from ptattn.kernels import configs
+from ptattn.kernels.configs import Config
+from ptattn.kernels.host import Launch
 
 ROOT = Path(__file__).parents[2]
 
 
-def gate(tmp_path, *options):
+def gate(tmp_path, *options, status=0, **variables):
     """The gate's rows; it runs by itself, as kernels of an interpreting process do not compile."""
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.aot", *options, "--json", str(file)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    done = subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
     return json.loads(file.read_text())
 
 
-# The head dim of PT-DiT/XL and the pools completely; of 64, which is cheaper in all, each kernel.
-@pytest.mark.parametrize("only", ["bf16 (D72|C)", r"bf16 D64 (1x8x8|16384 to (128|256)$)"])
-def test_default_configurations_pass_on_hopper(tmp_path, only):
-    rows = gate(tmp_path, "--arch", "sm90", "--only", only, "--ptx", "--processes", "1")
-    assert set(roofline.PRODUCTS) <= {row["kernel"] for row in rows}
-
-
-@pytest.mark.long
-def test_every_kernel_builds_elsewhere(tmp_path):
-    archs = ("sm80", "sm100", "gfx942")
-    only = r"bf16 (D64 (1x8x8|16384 to (64|256)$)|C1152 (norm 1x8x8|norm 1x1x1|mean 1x8x8))"
-    rows = gate(tmp_path, "--arch", *archs, "--only", only, "--processes", "1")
-    kernels = {*roofline.PRODUCTS, "pool_forward", "norm_forward", "norm_backward", "sum_splits"}
-    assert {(row["arch"], row["kernel"]) for row in rows} == set(product(archs, kernels))
+def test_good_kernels_pass_and_bad_ones_fail(tmp_path):
+    """The backward as it is configured, and a forward whose tiles are too low for wgmma."""
+    low = tmp_path / "low.json"
+    low.write_text(json.dumps({"sm90": {"window_forward": [{"rows": 32, "warps": 4}]}}))
+    only = "bf16 D64 1x4x4"
+    rows = gate(tmp_path, "--arch", "sm90", "--only", only, status=1, PTATTN_CONFIGS=str(low))
+    forward, *backward = rows
+    assert forward["kernel"] == "window_forward"
+    assert "products on wgmma; not on it: ['32x64x" in forward["failures"][0]
+    assert [(row["kernel"], row["failures"]) for row in backward] == [("window_backward", [])]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("arch", list(compiled.TARGETS))
 def test_every_default_configuration_passes(tmp_path, arch):
-    gate(tmp_path, "--arch", arch, "--processes", "1")
+    kernels = {row["kernel"] for row in gate(tmp_path, "--arch", arch)}
+    assert kernels == {*configs.table()["default"], "sum_splits"}
 
 
-@pytest.mark.long
-def test_ptx_and_sass_agree(tmp_path):
-    options = ("--arch", "sm90", "--only", "bf16 D64 .* to 64", "--processes", "1")
-    counts = [
-        [row["compiled"]["instructions"] for row in gate(tmp_path, *options, *dialect)]
-        for dialect in ((), ("--ptx",))
-    ]
-    assert counts[0] == counts[1]
+def test_a_pattern_that_fits_no_case_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        aot.main(["--only", "bf61"])
+    assert "no case matches 'bf61'" in capsys.readouterr().err
 
 
-def test_a_pattern_that_fits_no_case_is_an_error():
-    with pytest.raises(SystemExit, match="no case matches 'bf61'"):
-        aot.select(aot.parse(["--only", "bf61"]))
+def test_an_interpreting_process_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(compiled.host, "INTERPRETED", True)
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
+        aot.main(["--only", "bf16 D64 1x8x8"])
 
 
 ORDERS = r"""
@@ -107,20 +105,22 @@ def test_a_norm_adds_its_rows_in_one_order_with_and_without_a_residual():
 GOOD = Compiled(
     Resources(registers=128, spilled=0, stack=0),
     shared=50_000,
-    seconds=1.0,
-    instructions=Instructions(wgmma=13, other_products=0, wide_loads=20),
-    tiles=Tiles(on_wgmma=4, elsewhere=(), wide_loads=20),
+    hopper=Hopper(wgmma=13, older=0, wide_loads=20, on_wgmma=4, elsewhere=(), tile_loads=20),
+    code=Code(Part(10, 100, 0, 0), Part(10, 100, 0, 0)),
 )
 
 
-def row(built, arch="sm90", kernel="window_forward", dtype="bf16", error=""):
-    case = aot.Case("window", dtype, 72, (1, 8, 8))
-    job = aot.Job(arch, kernel, (aot.Use(case, 0),))
-    return aot.Row(job, "64", 4, 1, built, error)
+def operation(op="window", window=(1, 8, 8), head_dim=72, grid=(1, 128, 128)):
+    return Operation(op, "test", "", grid, window, 16, head_dim)
+
+
+def row(built, arch="sm90", kernel="window_forward", dtype="bf16"):
+    launch = Launch(SimpleNamespace(__name__=kernel), 132, (), {"ROWS": 64}, Config(warps=4))
+    return Row(arch, Case(operation(), dtype), launch, built)
 
 
 def only_failure(*args, **kwargs):
-    (text,) = aot.failures(row(*args, **kwargs))
+    (text,) = checks.failures(row(*args, **kwargs))
     return text
 
 
@@ -130,18 +130,18 @@ def spilling(**resources):
 
 @pytest.mark.parametrize("arch", list(compiled.TARGETS))
 def test_a_good_kernel_passes(arch):
-    assert aot.failures(row(GOOD, arch)) == []
+    assert checks.failures(row(GOOD, arch)) == []
 
 
 def test_a_kernel_that_does_not_build_fails():
-    assert "boom" in only_failure(None, error="boom")
+    assert "boom" in only_failure("CompilationError: boom")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("arch", "limit"), roofline.SHARED_LIMITS.items())
 def test_too_much_shared_memory_fails(arch, limit, dtype):
     kernel = "norm_forward"  # whose occupancy is free
-    assert aot.failures(row(replace(GOOD, shared=limit), arch, kernel, dtype)) == []
+    assert checks.failures(row(replace(GOOD, shared=limit), arch, kernel, dtype)) == []
     built = replace(GOOD, shared=limit + 1)
     assert "shared memory" in only_failure(built, arch, kernel, dtype)
 
@@ -156,55 +156,48 @@ def test_a_trap_fails(arch):
 @pytest.mark.parametrize("arch", list(compiled.TARGETS))
 def test_a_spill_fails(arch, resources):
     assert "spills" in only_failure(spilling(**resources), arch)
-    backward = aot.failures(row(spilling(**resources), arch, "window_backward"))
+    backward = checks.failures(row(spilling(**resources), arch, "window_backward"))
     assert len(backward) == (arch == "sm90")
-    assert aot.failures(row(spilling(**resources), arch, dtype="fp32")) == []
+    assert checks.failures(row(spilling(**resources), arch, dtype="fp32")) == []
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"instructions": replace(GOOD.instructions, other_products=1)},
-        {"instructions": replace(GOOD.instructions, wgmma=3)},
-        {"tiles": replace(GOOD.tiles, elsewhere=("32x64x64 (32 rows, wgmma takes 64)",))},
-    ],
+    [{"older": 1}, {"wgmma": 3}, {"elsewhere": ("32x64x64",)}],
     ids=["mma.sync", "too few", "tile"],
 )
 def test_a_product_without_wgmma_fails(change):
-    assert "wgmma" in only_failure(replace(GOOD, **change))
-
-
-def test_serialized_wgmma_is_shown():
-    serial = row(spilling(serialized=True))
-    assert aot.failures(serial) == []
-    assert "serial" in tables.table([replace(serial, timings=(timing(),))], aot.COLUMNS, 200)
+    assert "wgmma" in only_failure(replace(GOOD, hopper=replace(GOOD.hopper, **change)))
 
 
 def test_a_narrow_load_fails():
-    built = replace(GOOD, instructions=replace(GOOD.instructions, wide_loads=19))
+    built = replace(GOOD, hopper=replace(GOOD.hopper, wide_loads=19))
     assert "16 bytes" in only_failure(built)
 
 
-@pytest.mark.parametrize("kernel", [*roofline.PRODUCTS, "norm_backward"])
+KERNELS = [kernel for kernel in configs.table()["default"] if kernel.startswith(roofline.PRODUCTS)]
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "norm_backward"])
 def test_one_program_per_multiprocessor_fails(kernel):
     built = replace(GOOD, shared=120_000)
     assert "per multiprocessor" in only_failure(built, kernel=kernel)
-    assert aot.failures(row(built, kernel="norm_forward")) == []
-    assert aot.failures(row(built, "sm80", kernel)) == []
+    assert checks.failures(row(built, kernel="norm_forward")) == []
+    assert checks.failures(row(built, "sm80", kernel)) == []
 
 
 def test_one_program_per_multiprocessor_is_excused_by_name(monkeypatch):
     built = row(replace(GOOD, shared=120_000), kernel="flash_backward_q")
     monkeypatch.setattr(checks, "ALONE", {r"D72 flash_backward_q": "a reason"})
-    assert aot.failures(built) == []
+    assert checks.failures(built) == []
     monkeypatch.setattr(checks, "ALONE", {r"D128 flash_backward_q": "a reason"})
-    assert "per multiprocessor" in aot.failures(built)[0]
+    assert "per multiprocessor" in checks.failures(built)[0]
 
 
 def test_a_spill_is_excused_by_name_up_to_its_bytes(monkeypatch):
     def failed(spilled, arch="sm90"):
         built = spilling(spilled=spilled, stack=8)
-        return aot.failures(
+        return checks.failures(
             row(built, arch, "window_backward" if arch == "sm90" else "flash_forward")
         )
 
@@ -216,14 +209,14 @@ def test_a_spill_is_excused_by_name_up_to_its_bytes(monkeypatch):
     assert "spills 40 bytes" in failed(40)[0]
 
 
-def test_instructions_per_block_count_all_warps():
-    code = Code(Part(50, 100, 0, 0), Part(300, 900, 0, 0), unrolled=2)
-    built = replace(row(replace(GOOD, code=code)), timings=(timing(),), warps=8)
-    assert replace(built, tile="128x64").per_block == 300 * 8 / 2 / 2
-    assert replace(built, tile="64").per_block == 300 * 8 / 2
-    rows = replace(timing(), work=roofline.Work(1, 0, 0, 0, 1.0))
-    assert replace(built, tile="4", timings=(rows,)).per_block == 300 * 8 / 2 / 4
-    assert replace(built, compiled=GOOD).per_block is None
+def test_the_table_shows_what_was_found(monkeypatch):
+    monkeypatch.setattr(roofline, "iterations", lambda launch: 1.0)
+    shown = aot.figures(row(replace(GOOD, resources=Resources(128, 0, 0, serialized=True))))
+    expected = {"width": "bf16 D72", "kernel": "window_forward", "case": "1x8x8", "tile": "64"}
+    expected |= {"regs": 128, "wgmma": "serial", "16-byte": "20/20", "per SM": 4, "check": "ok"}
+    assert expected.items() <= shown.items()
+    assert shown["µs"] > roofline.LAUNCH * 1e6
+    assert aot.figures(row("boom"))["check"] == "FAILED"
 
 
 # What the compilers say is read right.
@@ -252,14 +245,6 @@ SASS = """\
  /*0e*/ LDG.E.64 R4, desc[UR4][R2.64] ;
  /*0f*/ LDGDEPBAR ;
 """
-PTX = """\
- wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1, 0, 0;
- mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
- @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd3 + 0 ];
- cp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10, %r7;
- @%p1 ld.global.v2.b32 { %r1, %r2 }, [ %rd3 + 0 ];
- cp.async.ca.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x8, %r7;
-"""
 TTGIR = """\
  %x0 = tt.load %p, %m, %c : tensor<64x64x!tt.ptr<bf16>, #blocked> loc(#loc)
  %x1 = tt.load %p, %m, %c : tensor<64x8x!tt.ptr<bf16>, #blocked> loc(#loc)
@@ -286,15 +271,10 @@ def test_what_cannot_be_read_raises(parse):
         parse("nothing")
 
 
-@pytest.mark.parametrize(("text", "dialect"), [(SASS, "sass"), (PTX, "ptx")])
-def test_instructions_are_counted(text, dialect):
-    assert compiled.count_instructions(text, dialect) == Instructions(1, 1, 2)
-
-
-def test_ttgir_is_read():
+def test_sass_and_tiles_are_read():
     # 4 for 8 KB of x0 by 128 threads, none for 1 KB of x1, 2 for 4 KB of y0.
-    expected = Tiles(1, ("32x16x64 (32 rows, wgmma takes 64)",), 6)
-    assert compiled.parse_ttgir(TTGIR, 128) == expected
+    expected = Hopper(1, 1, 2, on_wgmma=1, elsewhere=("32x16x64",), tile_loads=6)
+    assert compiled.parse_hopper(SASS, TTGIR, 128) == expected
 
 
 # The roofline.
@@ -308,45 +288,24 @@ def test_programs_per_multiprocessor(registers, shared, warps, programs):
     assert roofline.programs_per_sm(registers, shared, warps) == programs
 
 
-def forward(case):
-    return case.launches("sm90")[0]
+ROW, LSE = 2 * 16 * 72, 4 * 16  # bytes of a token: 16 heads of 72 in bf16, and in fp32 its sum
 
 
-def test_work_of_whole_windows_has_no_padding():
-    work = roofline.work(forward(aot.Case("mean", "bf16", 1152, (1, 1, 1))))
-    assert (work.useful, work.padded, work.exponentials) == (0, 0, 0)
-    assert work.bytes == 2 * 2 * 128 * 128 * 1152  # tokens in, means out
-    dense = roofline.work(forward(aot.Case("dense", "bf16", 64, queries=128**2, keys=128)))
-    assert dense.useful == dense.padded == 2 * 2 * 16 * 128**2 * 128 * 64
-    assert dense.exponentials == 16 * 128**2 * 128
-    assert dense.bytes == 2 * 2 * 16 * 64 * (128**2 + 128)
-
-
-@pytest.mark.parametrize("window", [(1, 4, 4), (4, 16, 16)])
-def test_work_of_windows_counts_the_tiles(window):
-    case = aot.Case("window", "bf16", 72, window)
-    work = roofline.work(forward(case))
-    tokens = 128**2 if window[0] == 1 else 8 * 64 * 64
-    assert work.bytes == 4 * 2 * 16 * 72 * tokens + (0 if window[0] == 1 else 4 * 16 * tokens)
-    pairs = WindowGrid(case.grid, window).shifted().num_pairs
-    assert work.useful == 2 * 2 * 16 * 72 * pairs
-    assert 0 < work.useful_share <= 72 / 80
-
-
-# The terminal.
-
-
-@pytest.mark.parametrize(("width", "columns"), [(80, 8), (250, 19)])
-def test_the_table_fits_the_terminal(width, columns):
-    text = tables.table([replace(row(GOOD), timings=(timing(),))], aot.COLUMNS, width)
-    head = text.splitlines()[0]
-    for title in (column.title for column in aot.COLUMNS):
-        head = head.replace(title, title.replace(" ", "-"))
-    assert len(head.split()) == columns
-    assert len(head.rstrip()) <= width
-
-
-def timing():
-    code = Code(Part(10, 100, 0, 0), Part(10, 100, 0, 0))
-    predicted = roofline.predict(roofline.Start(132, 4, 2, 1, 1.0, code))
-    return aot.Timing("case", 132, roofline.Work(1, 1, 1, 1, 1.0), predicted)
+@pytest.mark.parametrize(
+    ("of", "size", "blocks"),
+    [
+        (operation("mean", (1, 1, 1)), 2 * ROW * 128**2, 128**2 / 16),  # tokens in, means out
+        (operation("cross", (1, 16, 8)), 2 * ROW * (128**2 + 128), 256),
+        (operation("cross", (1, 4, 4)), 2 * ROW * (128**2 + 1024) + LSE * 128**2, 256 * 16 / 2),
+        (operation("window"), 4 * ROW * 128**2, 256),
+        (operation("window", (1, 16, 16)), (4 * ROW + LSE) * 128**2, 64 * 4 * 4 / 2),
+        # Windows at the edges are cut to a half, in the corners to a quarter.
+        (operation("shifted", (1, 16, 16)), (4 * ROW + LSE) * 128**2, 49 * 8 + 28 * 2 + 4),
+    ],
+    ids=str,
+)
+def test_a_launch_has_its_bytes_and_blocks(of, size, blocks):
+    """Passes of the main loops of a head's programs: of tiles of 64 or 128 queries, by 64 keys."""
+    (launch,) = compiled.launches(of, "forward", "sm90")
+    assert roofline.bytes_of(launch) == size
+    assert roofline.iterations(launch) * launch.programs / 16 == blocks
