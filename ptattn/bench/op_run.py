@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from . import clocks, op_baselines, op_gate
-from .clocks import Run, Timing
-from .harness import Bench, first_line
+from .clocks import Run
+from .harness import Bench, Found, Workload, first_line, first_that_run, timed
 from .op_baselines import Call
 from .op_workloads import TASKS, Inputs, Operation
 from .results import EAGER, GPU_ALONE, REFUSED, Row
@@ -27,10 +26,11 @@ COMPILED = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class OperationWorkload:
+class OperationWorkload(Workload):
     """An operation as the harness takes it."""
 
     operation: Operation
+    compiled: bool = False  # a baseline by torch.compile, too
 
     def __str__(self) -> str:
         return str(self.operation)
@@ -45,75 +45,53 @@ class OperationWorkload:
     def measure(self, bench: Bench) -> list[Row]:
         inputs = self.operation.inputs(bench.device)
         errors = op_gate.check(self.operation, inputs, bench.backend)
-        calls, refused = self._implementations(inputs, bench)
-        mode = GPU_ALONE if bench.device == "cuda" else EAGER
-        found = []
+        clock = clocks.gpu_clock() if bench.device == "cuda" else bench.clock
+        rows = []
         for task in TASKS:
-            times, refused_now = _times(calls, inputs, task, bench)
-            worst = max(e for k, e in errors.items() if k.startswith("d") == (task != "forward"))
-            floor = None if bench.rates is None else self.operation.floor(task, bench.rates)
-            known = dict(mode=mode, floor=floor)
-            for name, timing in times.items():
-                error = worst if name == OURS else None
-                found.append(self._row(task, name, timing=timing, error=error, **known))
-            for name, why in (refused | refused_now).items():
-                found.append(self._row(task, name, status=REFUSED, note=why, mode=mode))
-        return found
+            found = list(self._checked(task, inputs, bench))
+            ours, _ = found[0]
+            ours.error = max(
+                e for k, e in errors.items() if k.startswith("d") == (task != "forward")
+            )
+            with torch.set_grad_enabled(task == "backward"):
+                rows += timed(found, clock, bench, peaked=())
+        return rows
 
     def _row(self, task: str, name: str, **fields: object) -> Row:
         model, baseline = (OURS, False) if name == OURS else (OTHERS, True)
         known = dict(tokens=self.operation.tokens, facts=self.operation.facts(task))
         return Row(str(self), task, name, model, baseline, **known, **fields)  # type: ignore[arg-type]
 
-    def _implementations(
-        self, inputs: Inputs, bench: Bench
-    ) -> tuple[dict[str, Call], dict[str, str]]:
-        """Ours, and the baselines whose forward runs and computes the same."""
+    def _checked(self, task: str, inputs: Inputs, bench: Bench) -> Iterator[Found]:
+        """Ours, and the baselines that run and compute the same, or refuse."""
         operation, backend = self.operation, bench.backend
-        calls: dict[str, Call] = {
-            OURS: lambda tensors: operation.call(backend, tensors, inputs.key_mask)
-        }
-        refused: dict[str, str] = {}
-        left = bench.deadline - time.monotonic()
-        compiled = bench.compiled and left > COMPILE_RESERVE and str(self) in COMPILED
-        offered = op_baselines.baselines_of(
-            operation, inputs.key_mask, backend=backend, compiled=compiled
+        known = dict(
+            mode=GPU_ALONE if bench.device == "cuda" else EAGER,
+            floor=None if bench.rates is None else operation.floor(task, bench.rates),
         )
-        with torch.no_grad():
-            ours = calls[OURS](inputs.tensors)
-            for makers in offered:
-                for name, make in makers.items():
-                    try:
-                        call = make()
-                        op_gate.check_baseline(ours, call(inputs.tensors))
-                        calls[name] = call
-                    except Exception as error:  # refusals have many types
-                        refused[name] = first_line(error)
-                if len(calls) > 1:
-                    break
-        return calls, refused
+        ours = bind(lambda tensors: operation.call(backend, tensors, inputs.key_mask), inputs, task)
+        with torch.set_grad_enabled(task == "backward"):
+            expected = ours()
 
+        def attempt(name: str, make: Callable[[], Call]) -> Iterator[Found]:
+            row = self._row(task, name, **known)
+            try:
+                with torch.set_grad_enabled(task == "backward"):
+                    run = bind(make(), inputs, task)
+                    op_gate.check_baseline(expected, run())
+            except Exception as error:  # refusals have many types
+                row.status, row.note, row.floor = REFUSED, first_line(error), None
+                yield row, None
+            else:
+                yield row, run
 
-def _times(
-    calls: dict[str, Call], inputs: Inputs, task: str, bench: Bench
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    runs: dict[str, Run] = {}
-    refused: dict[str, str] = {}
-    ours: Iterable[Tensor] = ()
-    for name, call in calls.items():
-        try:
-            runs[name] = step = bind(call, inputs, task)
-            if task == "backward":
-                grads = step()
-                ours = grads if name == OURS else ours
-                op_gate.check_baseline(ours, grads)
-        except Exception as error:
-            if name == OURS:
-                raise
-            runs.pop(name, None)
-            refused[name] = first_line(error)
-    with torch.set_grad_enabled(task == "backward"):
-        return clocks.measure(bench.clock, runs, bench.seconds, bench.calls), refused
+        left = bench.deadline - time.monotonic()
+        compiled = self.compiled and left > COMPILE_RESERVE and str(self) in COMPILED
+        yield self._row(task, OURS, **known), ours
+        yield from first_that_run(
+            op_baselines.baselines_of(operation, inputs, backend=backend, compiled=compiled),
+            attempt,
+        )
 
 
 def bind(call: Call, inputs: Inputs, task: str) -> Run:

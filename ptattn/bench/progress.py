@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
@@ -16,9 +16,10 @@ from .results import NOT_REACHED, OK, Row
 
 
 class Progress:
-    """Of so many workloads, within a `with` statement."""
+    """Of so many workloads, within a `with` statement; `keep` is called after each of them."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, keep: Callable[[], None]) -> None:
+        self._keep = keep
         self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("{task.description:24}"),
@@ -47,6 +48,7 @@ class Progress:
         for row in rows:
             if row.status != NOT_REACHED:
                 self._console.print(line(row), markup=False, highlight=False, soft_wrap=True)
+        self._keep()
 
 
 def line(row: Row) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import files
 from ..command_line import UsageError, console
-from . import findings, plots, results, tables
+from . import findings, harness, plots, results, tables
+from .harness import Bench, Runner, Workload
 from .memory import KIND
 from .progress import Progress
 from .results import Result, Row
@@ -18,33 +19,45 @@ WRITE_EVERY = 30.0  # seconds: what a run leaves behind that is killed
 
 def carry_out(
     done: Result,
-    found: Iterable[list[Row]],
+    workloads: Sequence[Workload],
+    bench: Bench,
     out: Path,
-    progress: Progress,
     against: Result | None = None,
     notes: Sequence[str] = (),
+    run: Runner = harness.run_here,
 ) -> int:
-    """Gather the rows, write OUT/KIND.json, .md and pictures whatever ends the run, print them.
+    """Measure, write OUT/KIND.json, .md and pictures whatever ends the run, print them.
 
     Args:
         done: a result without rows yet.
-        found: the rows as they come; Ctrl-C ends them.
-        progress: is told of them.
         against: an earlier result that this one is compared with.
         notes: paragraphs above the table, in place of how times are measured.
+        run: measures one of the workloads; in this process by default.
 
     Returns:
         The exit code: 1 if a candidate is wrong, does not run, or is slower than in `against`
         beyond noise; 130 after Ctrl-C, which before the first time leaves all files alone.
     """
-    begin = time.monotonic()
+    begin = written = time.monotonic()
+    found: dict[int, list[Row]] = {}
+
+    def gather() -> None:
+        done.rows = [row for i in sorted(found) for row in found[i]]
+
+    def keep() -> None:
+        nonlocal written
+        gather()
+        if _found(done) and time.monotonic() - written > WRITE_EVERY:
+            _write(done, out, notes)
+            written = time.monotonic()
+
     try:
-        with progress:
-            for rows in _written_now_and_then(done, found, out, notes):
-                progress.finish(rows)
+        with Progress(len(workloads), keep) as progress:
+            harness.measure(workloads, bench, progress, found, run)
     except KeyboardInterrupt:
         done.interrupted = True
     finally:
+        gather()
         done.seconds = time.monotonic() - begin
         done.findings = findings.sentences(done)
         names = _write(done, out, notes) if _found(done) or not done.interrupted else ""
@@ -54,18 +67,6 @@ def carry_out(
     print(f"Written to {out}/ ({names}).")
     worse = 0 if against is None else _compare(against, done)
     return 130 if done.interrupted else max(worse, results.status(done.rows))
-
-
-def _written_now_and_then(
-    done: Result, found: Iterable[list[Row]], out: Path, notes: Sequence[str]
-) -> Iterator[list[Row]]:
-    written = time.monotonic()
-    for rows in found:
-        done.rows += rows
-        yield rows
-        if _found(done) and time.monotonic() - written > WRITE_EVERY:
-            _write(done, out, notes)
-            written = time.monotonic()
 
 
 def _found(done: Result) -> bool:

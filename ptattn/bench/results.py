@@ -216,9 +216,12 @@ def _key(row: Row) -> tuple[str, str, str, str]:
     return row.workload, row.task, row.name, row.mode
 
 
-def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+Groups = dict[tuple[str, str], list[Row]]
+
+
+def groups(rows: Iterable[Row]) -> Groups:
     """The rows of each workload and task."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: Groups = {}
     for row in rows:
         found.setdefault((row.workload, row.task), []).append(row)
     return found

@@ -160,9 +160,9 @@ def test_baselines_that_refuse_or_err_say_why(monkeypatch):
     def refuse():
         raise ValueError("NYI: head dim 72\nstack")
 
-    def offered(operation, key_mask, **known):
+    def offered(operation, inputs, **known):
         yield {"refuses": refuse, "errs": lambda: lambda t: (t[0] * 2,)}
-        yield {"late": lambda: lambda t: operation.call("sdpa", t, key_mask)}
+        yield {"late": lambda: lambda t: operation.call("sdpa", t, inputs.key_mask)}
         raise AssertionError("one of them ran")
 
     monkeypatch.setattr(op_baselines, "baselines_of", offered)
@@ -185,5 +185,6 @@ def test_a_baseline_is_compiled_where_there_is_time(left, compiles, monkeypatch)
     operation = tiny("window")
     monkeypatch.setattr(op_baselines, "baselines_of", offered)
     monkeypatch.setattr(op_run, "COMPILED", (str(operation),))
-    run(operation, bench(backend="sdpa", compiled=True, deadline=time.monotonic() + left))
-    assert asked == [compiles]
+    known = bench(backend="sdpa", deadline=time.monotonic() + left)
+    harness.run_here(OperationWorkload(operation, compiled=True), known)
+    assert asked == [compiles] * 2  # forward and backward
