@@ -74,7 +74,10 @@ def check_json(record: dict) -> None:
 @pytest.mark.long  # waits for processes that a busy machine may starve
 def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     sizes = ["--sizes", "32", "4096", "--budget", "1000000", "--out", str(tmp_path)]
+    # Where the tests run in the background of a shell, it and its children would ignore Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(*TINY, "none", *sizes, start_new_session=True)
+    signal.signal(signal.SIGINT, handler)
     assert process.stderr is not None
     measured = [process.stderr.readline() for _ in range(2)]
     assert measured[1].startswith("block 32 px b1  forward  DiT/S: eager")

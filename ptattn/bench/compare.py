@@ -27,15 +27,7 @@ CHECKED = 256  # tokens, or two windows a side
 
 
 def compare(options: argparse.Namespace, command: str) -> int:
-    """Measure, write and print; `options` as the parser has them, `command` as it was typed.
-
-    Returns:
-        The exit code: 0, 1 where a candidate is wrong, or 130 after Ctrl-C.
-
-    Raises:
-        UsageError: no rich or matplotlib, no such device, a backend that cannot run here, a folder
-            that cannot be written: nothing has been measured then.
-    """
+    """Measure, write and print; returns and raises as `report.carry_out`."""
     if None in options.video and len(options.video) > 1:
         raise UsageError("argument --video: none stands alone")
     settings = settings_of(options)

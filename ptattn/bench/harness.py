@@ -121,7 +121,11 @@ def measure(
             begin = time.monotonic()
             left = bench.deadline - begin
             watch.start(workload, min(left, sum(pace.expected(w, bench) for w in workloads[i:])))
-            if reason := pace.too_late(workload, bench):
+            expected = pace.expected(workload, bench)
+            if left <= 0:
+                found[i] = workload.blank(NOT_REACHED, "the budget is used up")
+            elif expected > left:
+                reason = f"predicted {expected:.0f} s, {left:.0f} s of it left"
                 found[i] = workload.blank(NOT_REACHED, reason)
             else:
                 found[i] = run(workload, bench)
@@ -162,13 +166,6 @@ class Pace:
         if workload.compiling:
             beside = self.expected(workload, bench) - workload.compiling * self.compiling
             self.compiling = max(0.0, took - beside) / workload.compiling
-
-    def too_late(self, workload: Workload, bench: Bench) -> str:
-        """Why it is not begun; empty if it is."""
-        left, expected = bench.deadline - time.monotonic(), self.expected(workload, bench)
-        if left <= 0:
-            return "the budget is used up"
-        return "" if expected <= left else f"predicted {expected:.0f} s, {left:.0f} s of it left"
 
 
 def outcome(error: Exception) -> dict[str, Any]:

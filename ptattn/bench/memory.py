@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -57,29 +57,23 @@ class Recipe:
 RECIPES = {"master": Recipe(12, 4), "plain": Recipe(4, 0)}  # NOTES say what they are
 
 
-class _Living(weakref.ref[UntypedStorage]):
-    """A storage while it lives, where it is and how large."""
-
-    key: int
-    bytes: int
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on, and not of `known` tensors."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.peak = self._now = 0
-        self._known: dict[int, _Living | None] = {t.untyped_storage()._cdata: None for t in known}
+        self._seen = {t.untyped_storage()._cdata for t in known}
+        self._living: dict[Any, tuple[int, int]] = {}  # where a storage is, and its bytes
         # Filled by list.append, which runs no code of Python: a Ctrl-C raised there would be lost.
         self._dead: list[Any] = []
 
     @property
     def now(self) -> int:
         while self._dead:
-            storage = self._dead.pop()
-            self._now -= storage.bytes
-            del self._known[storage.key]
+            place, size = self._living.pop(self._dead.pop())
+            self._now -= size
+            self._seen.remove(place)
         return self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,11 +83,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage, now = tensor.untyped_storage(), self.now
-        if storage._cdata not in self._known:
-            living = _Living(storage, self._dead.append)
-            living.key, living.bytes = storage._cdata, storage.nbytes()
-            self._known[living.key] = living
-            self._now = now + living.bytes
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._seen:
+            self._seen.add(place)
+            self._living[weakref.ref(storage, self._dead.append)] = place, size
+            self._now = now + size
             self.peak = max(self.peak, self._now)
 
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import backends, environment
-from ..command_line import UsageError, count, now, number, open_folder, require
-from . import results
-from .harness import Bench, Runner, Workload, run_here
-from .results import Result
+from ..command_line import UsageError, count, number, require
 from .workloads import DTYPES, Settings
-
-# Makes what is measured, and with what, once all that can be wrong has been checked.
-Prepare = Callable[[], tuple[Sequence[Workload], Bench]]
 
 
 def add_out(parser: argparse.ArgumentParser, kind: str, folder: str) -> None:
@@ -71,46 +63,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(device, dtype, backend, torch.get_num_threads())
 
 
-def carry_out(
-    options: argparse.Namespace,
-    command: str,
-    known: dict[str, Any],
-    prepare: Prepare,
-    *,
-    notes: Sequence[str] = (),
-    run: Runner = run_here,
-) -> int:
-    """Check all that can be wrong, then measure, write and print.
-
-    Args:
-        options: as the parser has them: `kind`, `out` and, of `ptattn bench`, `against`.
-        command: as it was typed.
-        known: the settings, as the result has them.
-        notes, run: of `report.carry_out`.
-
-    Returns:
-        The exit code of `report.carry_out`.
-
-    Raises:
-        UsageError: no rich or matplotlib, a result of --against that cannot be compared with, a
-            folder that cannot be written: nothing has been measured then.
-    """
+def carry_out(*args: Any, **known: Any) -> int:
+    """`report.carry_out`; raises UsageError where what that needs is not installed."""
     require("rich", "matplotlib")
-    from . import plots, report
+    from . import report
 
-    if getattr(options, "quantize", None):
-        require("torchao", install="torchao")
-    done = Result(options.kind, known, {}, command, now())
-    earlier = None
-    if getattr(options, "against", None):
-        try:
-            earlier = results.load(options.against)
-        except UsageError as error:
-            raise UsageError(f"argument --against: {error}") from None
-        results.check_comparable(earlier, done)
-    pictures = [name for _, name, _ in plots.pictures(done.kind)]
-    open_folder(options.out, [f"{done.kind}.json", f"{done.kind}.md", *pictures])
-    workloads, bench = prepare()
-    if bench.rates is not None:
-        done.rates.update(dataclasses.asdict(bench.rates))
-    return report.carry_out(done, workloads, bench, options.out, earlier, notes, run)
+    return report.carry_out(*args, **known)

@@ -13,22 +13,14 @@ from rich.table import Table
 
 from . import memory, parallel, results, units
 from .op_run import OTHERS
-from .results import (
-    COMPILED,
-    EAGER,
-    ERROR,
-    FAILED,
-    GPU_ALONE,
-    GRAPH,
-    PREDICTED,
-    SKIPPED,
-    Groups,
-    Result,
-    Row,
-    groups,
-)
+from .results import Groups, Result, Row, groups
 
-MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
+MODES = {
+    results.EAGER: "Eager",
+    results.COMPILED: "Compiled",
+    results.GRAPH: "CUDA graph",
+    results.GPU_ALONE: "GPU alone",
+}
 MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
 TITLES = {
     "compare": "Proxy-tokenized against full attention",
@@ -51,8 +43,9 @@ TIMED = (
 )
 
 
-# A line of a table: the rows of one implementation, a row per mode.
+# A line of a table: the rows of one implementation, equal in these, a row per mode.
 Line = list[Row]
+ROW = ("workload", "task", "name")
 
 
 class Column(NamedTuple):
@@ -178,7 +171,7 @@ def _sections(result: Result) -> list[Section]:
         return [_parallel([row for row in result.rows if row.timing])]
     group = groups(row for row in result.rows if row.timing)
     if result.kind == "compare":
-        lines = _lines(result.rows)
+        lines = list(groups(result.rows, *ROW).values())
         return [Section("", lines, _compared(lines, group), lambda row: row.workload)]
     found = []
     for title, kind in (("Operations", None), ("One block", "block"), ("Whole models", "model")):
@@ -186,20 +179,13 @@ def _sections(result: Result) -> list[Section]:
         if kind is None:
             rows = [row for row in rows if not row.baseline]
         if rows:
-            lines = _lines(rows)
+            lines = list(groups(rows, *ROW).values())
             columns = _operations(lines, group) if kind is None else _models(lines, group)
             used = [c for c in columns if any(c.show(line) for line in lines)]
             several = len(lines) > len(groups(rows))  # else they would only take space
             place = (lambda row: f"{row.workload}, {row.task}") if several else (lambda row: "")
             found.append(Section(title, lines, used, place))
     return found
-
-
-def _lines(rows: Sequence[Row]) -> list[Line]:
-    found: dict[tuple[str, str, str], Line] = {}
-    for row in rows:
-        found.setdefault((row.workload, row.task, row.name), []).append(row)
-    return list(found.values())
 
 
 def _operations(lines: Sequence[Line], group: Groups) -> list[Column]:
@@ -222,7 +208,7 @@ def _operations(lines: Sequence[Line], group: Groups) -> list[Column]:
 
 
 def _models(lines: Sequence[Line], group: Groups) -> list[Column]:
-    predicted = any(row.status == PREDICTED for line in lines for row in line)
+    predicted = any(row.status == results.PREDICTED for line in lines for row in line)
     room = len(_modes(lines)) == 1
     floors = [
         Column("Floor", of(lambda row: row.floor, units.seconds), narrow=False),
@@ -255,7 +241,7 @@ def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
     def block(row: Row) -> str:
         if row.seconds:
             return units.seconds(row.seconds)
-        return row.status if row.status in (FAILED, ERROR) else SKIPPED
+        return row.status if row.status in (results.FAILED, results.ERROR) else results.SKIPPED
 
     return [
         Column("Size", of(lambda row: row.size), left=True),
@@ -350,7 +336,7 @@ def _times(lines: Sequence[Line], alone: str) -> list[Column]:
         )
 
     def quantiles(row: Row) -> str | None:
-        if row.timing is None or row.status == PREDICTED:
+        if row.timing is None or row.status == results.PREDICTED:
             return None
         return f"{units.seconds(row.timing.low)} – {units.seconds(row.timing.high)}"
 

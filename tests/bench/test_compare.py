@@ -1,5 +1,6 @@
 """What is made of rows: findings, tables, plots, and the files that a run leaves."""
 
+import argparse
 import dataclasses
 import io
 import os
@@ -171,14 +172,16 @@ class Done(Workload):
         return []
 
 
-def carry_out(out, *found):
-    return report.carry_out(result(kind="compare"), list(map(Done, found)), bench(), out)
+def carry_out(out, *workloads):
+    options = argparse.Namespace(kind="compare", out=out)
+    settings = result().settings
+    return report.carry_out(options, "ptattn", settings, lambda: (workloads, bench(rates=None)))
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path, capsys):
     (tmp_path / "latency.png").write_text("of another run")
     measured = compared({64: (1.0, 2.0)}, *WIDE)
-    assert carry_out(tmp_path, measured, None) == 130
+    assert carry_out(tmp_path, Done(measured), Done()) == 130
     assert "(interrupted)" in capsys.readouterr().out
     # A plot that would contradict the table is gone.
     assert set(os.listdir(tmp_path)) == {"compare.json", "compare.md", "gflops.png"}
@@ -192,7 +195,7 @@ def test_before_the_first_time_an_interrupted_run_leaves_old_files_alone(
     (tmp_path / "compare.json").write_text("mine")
     rows = compared({64: (1, 2)}, *WIDE)
     skipped = [dataclasses.replace(row, timing=None, peak=None) for row in rows]
-    assert carry_out(tmp_path, skipped, None) == 130
+    assert carry_out(tmp_path, Done(skipped), Done()) == 130
     assert os.listdir(tmp_path) == ["compare.json"]
     assert (tmp_path / "compare.json").read_text() == "mine"
 
@@ -208,5 +211,5 @@ def test_files_are_written_on_the_way(tmp_path, monkeypatch):
             return self.rows
 
     rows = [Looking([row]) for row in compared({64: (1.0, 2.0)}, *WIDE)]
-    assert report.carry_out(result(kind="compare"), rows, bench(), tmp_path) == 0
+    assert carry_out(tmp_path, *rows) == 0
     assert seen == [False, True]

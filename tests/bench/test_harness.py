@@ -89,6 +89,18 @@ def test_the_pace_is_that_of_the_family_s_last_workload():
     assert pace.expected(Workload(), known) == 0.0  # operations have no cost
 
 
+def test_compiling_takes_time_as_the_last_workload_s_did():
+    """What was to be compiled was once begun although it could not end in the budget."""
+    pace, known = Pace(), bench(calls=(2, 20))
+    compiled = Fake(compiling=2)
+    assert pace.expected(compiled, known) == 2 * harness.COMPILING_SECONDS  # of the first, too
+    rows = measure(compiled, Fake(), deadline=in_seconds(20.5), calls=(2, 20))
+    assert [row.status for row in rows] == [NOT_REACHED, OK]
+    assert rows[0].note == "predicted 24 s, 20 s of it left"
+    pace.learn(compiled, known, [timed(1.0)], took=82.0)  # of which 2 were its calls'
+    assert pace.expected(Fake(compiling=1), known) == pytest.approx(2.0 + 40.0)
+
+
 def test_the_time_left_is_that_of_all_that_follow():
     watch = Watch()
     harness.measure([Fake(), Fake(), Fake(cost=2.0)], bench(calls=(1, 1)), watch, {})
@@ -180,6 +192,40 @@ def test_what_dies_costs_itself_alone(isolated):
     idle.join()
     rows = measure(Fake(), Fake(), run=isolated)
     assert [(row.status, row.note) for row in rows] == [(SKIPPED, killed), (OK, "")]
+
+
+@pytest.fixture
+def _interruptible():
+    """What is started in the background of a shell ignores Ctrl-C, and so do its children."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_ctrl_c_while_a_child_starts_is_ours(isolated, monkeypatch):
+    """It was ignored in that moment, and so lost."""
+    process = multiprocessing.context.ForkProcess
+    start = process.start
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        start(self)
+
+    monkeypatch.setattr(process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        isolated.start()
+    assert isolated._process.is_alive()  # it started whole, to be closed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_ctrl_c_does_not_reach_the_child(isolated):
+    isolated.start()
+    os.kill(isolated._process.pid, signal.SIGINT)
+    (row,) = measure(Fake(), run=isolated)
+    assert row.status == OK
 
 
 def test_what_hangs_is_stopped(isolated):

@@ -11,8 +11,9 @@ from ptattn.bench.harness import Bench
 from ptattn.bench.model_run import model_workloads
 from ptattn.bench.workloads import FIGURE_SIZES, FIGURES, Settings, Size
 from ptattn.models import get_config
-from tests.support.measured import TINY, WIDE, workload
+from tests.support.measured import SETTINGS, TINY, WIDE, workload
 
+CUDA = dataclasses.replace(SETTINGS, device="cuda")
 H200 = predict.DEVICES["h200"]
 
 
@@ -41,6 +42,9 @@ def test_memory_and_cost_grow_with_what_is_done():
     for more in (training, dataclasses.replace(forward, batch=8)):
         assert more.memory > forward.memory
         assert more.cost >= 3 * forward.cost
+    for more in (dict(compiled=True), dict(quantized=True), dict(settings=CUDA)):
+        # Copies of the weights, or what every CUDA graph keeps.
+        assert dataclasses.replace(forward, **more).memory > forward.memory
     one = workload("block", "forward", *WIDE, side=1024, one=True, checked=1024)
     assert one.memory < workload("block", "forward", *WIDE, side=1024).memory
     assert one.checks < forward.checks  # a corner of the grid is soon checked
