@@ -89,6 +89,9 @@ class Isolated:
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C reaches the whole process group. A child that starts within leaves it to us, as it
     inherits the mask of signals; ours comes at the end. What ignored the signal would lose it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     resource_tracker.ensure_running()  # which would take the signal out of the mask
     held: list[object] = []
     handler = signal.signal(signal.SIGINT, lambda *caught: held.append(caught))

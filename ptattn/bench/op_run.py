@@ -49,6 +49,10 @@ class OperationWorkload(Workload):
     def memory(self) -> int:
         return self.operation.memory
 
+    @property
+    def compiling(self) -> int:
+        return int(self.compiled and str(self) in COMPILED)
+
     def blank(self, status: str, note: str = "") -> list[Row]:
         return [self._row(task, OURS, status=status, note=note) for task in TASKS]
 
@@ -79,29 +83,34 @@ class OperationWorkload(Workload):
             mode=GPU_ALONE if bench.device == "cuda" else EAGER,
             floor=None if bench.rates is None else operation.floor(task, bench.rates),
         )
-        ours = bind(lambda tensors: operation.call(backend, tensors, inputs.key_mask), inputs, task)
-        with torch.set_grad_enabled(task == "backward"):
-            expected = ours()
+        ours: tuple[Tensor, ...] = ()
+        grads: tuple[Tensor, ...] = ()
+
+        def checked(call: Call) -> Run:
+            """How to run it, once its outputs, and gradients where it is their time, are ours."""
+            nonlocal ours, grads
+            with torch.no_grad():
+                outs = call(inputs.tensors)
+            run = bind(call, inputs, task)
+            found = run() if task == "backward" else ()
+            ours, grads = ours or outs, grads or found
+            op_gate.check_baseline((*ours, *grads), (*outs, *found))
+            return run
 
         def attempt(name: str, make: Callable[[], Call]) -> Iterator[Found]:
             row = self._row(task, name, **known)
             try:
-                with torch.set_grad_enabled(task == "backward"):
-                    run = bind(make(), inputs, task)
-                    op_gate.check_baseline(expected, run())
+                yield row, checked(make())
             except Exception as error:  # refusals have many types
-                row.status, row.note, row.floor = REFUSED, first_line(error), None
-                yield row, None
-            else:
-                yield row, run
+                refusal = dict(status=REFUSED, note=first_line(error), floor=None)
+                yield dataclasses.replace(row, **refusal), None  # type: ignore[arg-type]
 
         left = bench.deadline - time.monotonic()
-        compiled = self.compiled and left > COMPILE_RESERVE and str(self) in COMPILED
-        yield self._row(task, OURS, **known), ours
-        yield from first_that_run(
-            baselines_of(operation, inputs, backend=backend, compiled=compiled),
-            attempt,
-        )
+        compiled = bool(self.compiling) and left > COMPILE_RESERVE
+        own = checked(lambda tensors: operation.call(backend, tensors, inputs.key_mask))
+        yield self._row(task, OURS, **known), own
+        offered = baselines_of(operation, inputs, backend=backend, compiled=compiled)
+        yield from first_that_run(offered, attempt)
 
 
 def bind(call: Call, inputs: Inputs, task: str) -> Run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -207,7 +207,7 @@ class Operation:
             "norm": (ops.residual_layer_norm, ()),
             "norm-pool": (ops.residual_layer_norm_window_mean, geometry),
         }
-        known |= dict.fromkeys(DENSE, (ops.attention, (key_mask,)))
+        known |= dict.fromkeys(DENSE, (partial(ops.attention, key_mask=key_mask), ()))
         known |= dict.fromkeys(WINDOWED, (ops.window_attention, (*geometry, self.windows.shift)))
         function, more = known[self.op]
         out = function(*tensors, *more, backend=backend)
