@@ -149,7 +149,7 @@ def _to_compile(workloads: Sequence[Workload]) -> list[Workload]:
     free = (harness.free_memory("cuda") or 0) / PROCESSES
     found = [w for w in workloads if isinstance(w, OperationWorkload) and w.memory < free]
     blocks = [
-        dataclasses.replace(w, entries=w.entries[:1])
+        dataclasses.replace(w, entries=w.entries[:1], one=True)
         for w in workloads
         if isinstance(w, ModelWorkload) and w.kind == "block"
     ]

@@ -63,11 +63,12 @@ class ModelWorkload(Workload):
     @property
     def compiling(self) -> int:
         modes = self.compiled + (self.quantized and self.task == FORWARD)
-        return modes * len(self.entries) * self._implementations
+        return modes * sum(map(self._implementations, self.entries))
 
-    @property
-    def _implementations(self) -> int:
-        return 1 if self.one else IMPLEMENTATIONS
+    def _implementations(self, entry: Entry) -> int:
+        """About how many; a fused model does not train."""
+        alone = self.kind == "model" and self.task != FORWARD and entry.is_proxy_tokenized
+        return 1 if self.one or alone else IMPLEMENTATIONS
 
     @property
     def family(self) -> str:  # type: ignore[override]
@@ -78,19 +79,17 @@ class ModelWorkload(Workload):
     def memory(self) -> int:
         """About how many bytes measuring takes: weights of all, activations of one at a time, and
         of every CUDA graph, which keeps its own."""
-        dtype, number = DTYPES[self.settings.dtype], self._implementations
-        # What is quantized is copied once more when it is compiled.
-        copies = COPIES + number * (self.compiled + 2 * self.quantized)
-        weights, activations = [], []
+        dtype, total, most = DTYPES[self.settings.dtype], 0, 0
         for entry in self.entries:
-            blocks = self.blocks(entry)
-            weights.append(24 * entry.config.dim**2 * blocks * dtype.itemsize)
+            blocks, number = self.blocks(entry), self._implementations(entry)
             kept = LIVE_TENSORS if self.task == FORWARD else KEPT * blocks
-            live = entry.activations(dtype, self.settings.backend, kept)
-            activations.append(self.batch * live)
-        graphs = number * sum(activations) if self.settings.device == "cuda" else 0
-        finer = FINER_TIMES if self.checked is None else 1
-        return copies * sum(weights) + finer * max(activations) + graphs
+            live = self.batch * entry.activations(dtype, self.settings.backend, kept)
+            # What is quantized is copied once more when it is compiled.
+            copies = COPIES + number * (self.compiled + 2 * self.quantized)
+            total += copies * 24 * entry.config.dim**2 * blocks * dtype.itemsize
+            total += number * live if self.settings.device == "cuda" else 0
+            most = max(most, live)
+        return total + most * (FINER_TIMES if self.checked is None else 1)
 
     def blank(self, status: str, note: str = "") -> list[Row]:
         return [
