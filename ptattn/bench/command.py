@@ -85,7 +85,7 @@ def add_parser(commands: Commands) -> None:
 def _add(kinds: Commands, kind: str, text: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser
     parser = kinds.add_parser(kind, help=text, description=f"Of {text}.")
-    add_out(parser, kind, "results/bench")
+    add_out(parser, f"{kind}.json, .md and .png", "results/bench")
     parser.add_argument("--against", metavar="FILE", type=Path,
                         help="an earlier result to compare with")  # fmt: skip
     parser.set_defaults(run=run)

@@ -81,7 +81,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"latent frames and pixels a side, or none (default: {shown})")  # fmt: skip
     add_dtype(parser)
     add_measuring(parser, budget=150.0)
-    add_out(parser, "compare", "results/compare")
+    add_out(parser, "the results", "results/compare")
     parser.set_defaults(run=compare, kind="compare")
 
 

@@ -13,10 +13,9 @@ from ..command_line import UsageError, count, number, require
 from .workloads import DTYPES, Settings
 
 
-def add_out(parser: argparse.ArgumentParser, kind: str, folder: str) -> None:
+def add_out(parser: argparse.ArgumentParser, files: str, folder: str) -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path(folder),
-                        help=f"where {kind}.json, .md and .png are written "
-                        "(default: %(default)s)")  # fmt: skip
+                        help=f"where {files} are written (default: %(default)s)")  # fmt: skip
 
 
 def add_budget(parser: argparse.ArgumentParser, budget: float) -> None:
