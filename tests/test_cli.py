@@ -158,7 +158,7 @@ def test_compare_on_the_kernels(
     """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
     monkeypatch.setattr(compare, "Isolated", Here)
     monkeypatch.setattr(compare, "SHARE", 1e-6)  # no more calls than must be
-    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "100"]
+    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "1000"]
     arguments = ["compare", *MODELS, *sizes, "--device", "cpu", "--backend", "triton"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
