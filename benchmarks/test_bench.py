@@ -12,11 +12,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from ptattn.bench import model_run, op_gate, op_run, op_workloads
 from ptattn.bench.floor import FORWARD, TASKS
 from ptattn.bench.gate import Gate
-from ptattn.bench.implementations import block_model, implementations
+from ptattn.bench.implementations import block_model
 from ptattn.bench.op_workloads import Operation
 from ptattn.bench.workloads import Settings, Size, plan
 
-OPERATIONS = [o for o in op_workloads.operations(quick=True) if o.size == "512 px"]
+OPERATIONS = [o for o in op_workloads.operations() if " XL 512 px w1x4x4 b1" in str(o)]
 
 
 @pytest.mark.parametrize("task", op_workloads.TASKS)
@@ -40,9 +40,8 @@ def test_block(benchmark: BenchmarkFixture, name: str, side: int, task: str) -> 
     benchmark.group = f"block, {side} px, {task}"
     (entry,) = plan([name], [Size(side)])
     model = block_model(entry, Settings(backend="sdpa"), batch=1)
-    implementation = next(iter(next(implementations(model, one=True)).values()))()
-    benchmark.name = implementation.name
+    benchmark.name = entry.name
     with torch.set_grad_enabled(task != FORWARD):
-        step, results = model_run.bind(implementation, model, task)
-        Gate(model, task).check(implementation, results)
+        step, results = model_run.bind(model, task)
+        Gate(model, task).check(model, results)
         benchmark.pedantic(step, rounds=5, warmup_rounds=1)

@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 
 from ptattn.backends.triton import INTERPRETED
-from ptattn.bench import compare, harness
-from ptattn.bench.harness import Bench, Isolated, Workload, run_here
-from ptattn.bench.isolation import WorkerError
+from ptattn.bench import compare
+from ptattn.bench.harness import Bench, Workload, run_here
+from ptattn.bench.isolation import Isolated, WorkerError
 from ptattn.bench.results import Row
 from ptattn.cli import main
 
@@ -74,7 +74,10 @@ def check_json(record: dict) -> None:
 @pytest.mark.long  # waits for processes that a busy machine may starve
 def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     sizes = ["--sizes", "32", "4096", "--budget", "1000000", "--out", str(tmp_path)]
+    # Where the tests run in the background of a shell, it and its children would ignore Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(*TINY, "none", *sizes, start_new_session=True)
+    signal.signal(signal.SIGINT, handler)
     assert process.stderr is not None
     measured = [process.stderr.readline() for _ in range(2)]
     assert measured[1].startswith("block 32 px b1  forward  DiT/S: eager")
@@ -142,7 +145,7 @@ def test_nonsense_is_named(
 class Here(Isolated):
     """In no child, which would take seconds to start."""
 
-    def start(self) -> None: ...  # type: ignore[override]
+    def start(self) -> None: ...
 
     def __call__(self, workload: Workload, bench: Bench) -> list[Row]:
         return run_here(workload, bench)
@@ -153,9 +156,9 @@ def test_compare_on_the_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a tiny size under Triton's interpreter; of their times it says that they mean nothing."""
-    monkeypatch.setattr(harness, "Isolated", Here)
+    monkeypatch.setattr(compare, "Isolated", Here)
     monkeypatch.setattr(compare, "SHARE", 1e-6)  # no more calls than must be
-    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "100"]
+    sizes = ["--sizes", "32", "--video", "none", "--dtype", "fp32", "--budget", "1000"]
     arguments = ["compare", *MODELS, *sizes, "--device", "cpu", "--backend", "triton"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -185,7 +188,7 @@ def test_a_child_that_does_not_start_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     why = WorkerError("the measuring process was ended by SIGKILL, most likely out of memory")
-    monkeypatch.setattr(harness, "Worker", mock.Mock(side_effect=why))
+    monkeypatch.setattr(Isolated, "start", mock.Mock(side_effect=why))
     assert main([*TINY, "none", "--out", str(tmp_path)]) == 2
     assert f"ptattn compare: error: {why}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

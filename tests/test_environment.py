@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ptattn import environment, files
-from ptattn.bench.compare import settings_of
+from ptattn.bench.options import settings_of
 
 
 def test_environment():

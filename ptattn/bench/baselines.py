@@ -6,14 +6,15 @@ inference code and Swin-type code do; tests/bench/test_baselines.py holds the tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..geometry import WindowGrid
 from ..models.condition import Condition
@@ -29,6 +30,16 @@ KERNELS = (
     {"efficient": SDPBackend.EFFICIENT_ATTENTION},
     {"math": SDPBackend.MATH},
 )
+
+
+def by_kernel(kind: SDPBackend, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, its attention by one of torch's kernels."""
+
+    def run(*args: Any) -> Any:
+        with sdpa_kernel(kind):
+            return call(*args)
+
+    return run
 
 
 def _sizes(windows: WindowGrid) -> dict[str, int]:
@@ -90,13 +101,27 @@ def _per_window(mask: Tensor, rows: int) -> Tensor:
     return mask.repeat(rows // mask.shape[0], 1, 1)[:, None]
 
 
+def separate(*packed: Any) -> list[nn.Linear]:
+    """A layer with a copy of the weights for each of the square ones that ours pack into one, as
+    they pack queries, keys and values."""
+    layers = []
+    for layer in packed:
+        rows = layer.weight.detach().split(layer.in_features)
+        for weight, bias in zip(rows, layer.bias.detach().split(layer.in_features), strict=True):
+            layers.append(nn.Linear(len(weight), len(weight), device="meta"))
+            layers[-1].weight = nn.Parameter(weight.clone())
+            layers[-1].bias = nn.Parameter(bias.clone())
+    return layers
+
+
 class _Attention(nn.Module):
     """Separate q, k, v and out layers around torch's scaled_dot_product_attention."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, ours: Any) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.num_heads = ours.num_heads
+        packed = (getattr(ours, name) for name in ours.INPUTS)
+        self.q, self.k, self.v, self.out = separate(*packed, ours.proj)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
@@ -116,16 +141,20 @@ class RollMaskBlock(nn.Module):
     are -inf, not -1.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, block: PTDiTBlock) -> None:
         super().__init__()
-        names = ("proxy", "cross", "window", "shifted", "text")
-        self.attn = nn.ModuleDict({name: _Attention(dim, num_heads) for name in names})
-        self.zero_cross, self.zero_shifted = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.act = nn.GELU("tanh")
-        self.table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
-        self.shifted_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
+        giim, tcm = block.global_interaction, block.texture_complement
+        attentions = dict(
+            proxy=giim.proxy_attn, cross=giim.cross_attn, window=tcm.window_attn,
+            shifted=tcm.shifted_attn, text=block.text_attn,
+        )  # fmt: skip
+        self.attn = nn.ModuleDict({name: _Attention(ours) for name, ours in attentions.items()})
+        self.zero_cross, self.zero_shifted = separate(giim.zero, tcm.zero)
+        self.mlp = nn.Sequential(*copy.deepcopy(list(block.mlp)))
+        table: Any = block.modulation.table
+        window, last, shifted = table.detach().clone()
+        self.norm = nn.LayerNorm(window.shape[-1], eps=EPS, elementwise_affine=False)
+        self.table, self.shifted_table = map(nn.Parameter, (torch.cat([window, last]), shifted))
 
     def forward(
         self,
@@ -164,31 +193,7 @@ class RollMaskBlock(nn.Module):
         x = (self.attn["text"](flat, text, keys) + flat).view(x.shape)
 
         y = self.norm(x) * (1 + scale2) + shift2
-        return gate2 * self.down(self.act(self.up(y))) + x
-
-    @torch.no_grad()
-    def copy_weights(self, block: PTDiTBlock) -> RollMaskBlock:
-        """Take the weights of our text-conditional block."""
-        giim, tcm, mlp = block.global_interaction, block.texture_complement, block.mlp
-        sources = (giim.proxy_attn, giim.cross_attn, tcm.window_attn, tcm.shifted_attn)
-        modules: tuple[Any, ...] = (*sources, block.text_attn)
-        owns: Iterable[Any] = self.attn.values()
-        for own, theirs in zip(owns, modules, strict=True):
-            packed = (theirs.qkv,) if hasattr(theirs, "qkv") else (theirs.q, theirs.kv)
-            for name in ("weight", "bias"):
-                q, k, v = torch.cat([getattr(layer, name) for layer in packed]).chunk(3)
-                for letter, part in zip("qkv", (q, k, v), strict=True):
-                    getattr(getattr(own, letter), name).copy_(part)
-            own.out.load_state_dict(theirs.proj.state_dict())
-        self.zero_cross.load_state_dict(giim.zero.state_dict())
-        self.zero_shifted.load_state_dict(tcm.zero.state_dict())
-        self.up.load_state_dict(mlp[0].state_dict())
-        self.down.load_state_dict(mlp[2].state_dict())
-        table: Any = block.modulation.table
-        window, last, shifted = table
-        self.table.copy_(torch.cat([window, last]))
-        self.shifted_table.copy_(shifted)
-        return self
+        return gate2 * self.mlp(y) + x
 
 
 def gemms_21(x: Tensor) -> Callable[[], Tensor]:
@@ -211,23 +216,23 @@ class DiffusersPixArtBlock(nn.Module):
         ImportError: diffusers is not installed (`pip install ptattn[t2x]`).
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, block: PixArtBlock) -> None:
         super().__init__()
         try:
             from diffusers.models.attention import BasicTransformerBlock
         except ImportError as error:
             raise ImportError("this baseline needs diffusers: pip install ptattn[t2x]") from error
-        self.block = BasicTransformerBlock(
-            dim,
-            num_heads,
-            dim // num_heads,
-            cross_attention_dim=dim,
-            activation_fn="gelu-approximate",
-            attention_bias=True,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
+        dim, heads = block.attn.qkv.in_features, block.attn.num_heads
+        self.block = peer = BasicTransformerBlock(
+            dim, heads, dim // heads, cross_attention_dim=dim, activation_fn="gelu-approximate",
+            attention_bias=True, norm_type="ada_norm_single", norm_elementwise_affine=False,
             norm_eps=EPS,
-        )
+        )  # fmt: skip
+        for theirs, ours in ((peer.attn1, block.attn), (peer.attn2, block.text_attn)):
+            packed = (getattr(ours, name) for name in ours.INPUTS)
+            theirs.to_q, theirs.to_k, theirs.to_v, theirs.to_out[0] = separate(*packed, ours.proj)
+        peer.ff.net[0].proj, _, peer.ff.net[2] = copy.deepcopy(list(block.mlp))
+        peer.scale_shift_table = nn.Parameter(block.modulation.table.detach().flatten(0, 1))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -240,28 +245,3 @@ class DiffusersPixArtBlock(nn.Module):
             encoder_attention_mask=bias,
             timestep=condition.modulation,
         )
-
-    @torch.no_grad()
-    def copy_weights(self, block: PixArtBlock) -> DiffusersPixArtBlock:
-        """Take the weights of our PixArt block."""
-        peer: Any = self.block
-        attn, text, mlp = block.attn, block.text_attn, block.mlp
-        pairs: list[tuple[Any, Any]] = [
-            (peer.attn1.to_out[0], attn.proj),
-            (peer.attn2.to_out[0], text.proj),
-        ]
-        pairs += [
-            (peer.ff.net[0].proj, mlp[0]),
-            (peer.ff.net[2], mlp[2]),
-            (peer.attn2.to_q, text.q),
-        ]
-        for own, theirs in pairs:
-            own.load_state_dict(theirs.state_dict())
-        for name in ("weight", "bias"):
-            packed = getattr(attn.qkv, name).chunk(3), getattr(text.kv, name).chunk(2)
-            owns = ("to_q", "to_k", "to_v"), ("to_k", "to_v")
-            for layer, letters, parts in zip((peer.attn1, peer.attn2), owns, packed, strict=True):
-                for letter, part in zip(letters, parts, strict=True):
-                    getattr(getattr(layer, letter), name).copy_(part)
-        peer.scale_shift_table.copy_(block.modulation.table.flatten(0, 1))
-        return self

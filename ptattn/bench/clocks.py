@@ -7,10 +7,11 @@ them is another matter, which `benchmarks.host` counts.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,12 +19,16 @@ import torch
 import torch.nn.functional as F
 
 Run = Callable[[], Any]
+# How to time a run that is warm once more, and the times already known.
+Prepared = tuple[Callable[[], float], list[float]]
 
 CLEARED = 256 * 2**20  # bytes read before every call: several times the L2 of any GPU so far
 WARM_UP = 3
 CYCLES = 2e9  # of a GPU per second, at most
 # A first run this long needs no second to warm up: what that hides takes some ten milliseconds.
 LONG_RUN = 1.0  # seconds
+# What the rates are measured on: bytes, and the side of a matrix.
+MEASURED = {"cuda": (2**31, 8192), "cpu": (2**28, 2048)}
 # GPU times up to this one are those of a CUDA graph; longer ones hide what the host takes.
 SHORT = 0.5e-3  # seconds
 
@@ -51,14 +56,6 @@ class Rates:
     launch: float
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is warm: how to time it once more, and the times already known."""
-
-    sample: Callable[[], float]
-    known: list[float] = field(default_factory=list)
-
-
 class Clock(Protocol):
     calls: tuple[int, int]  # the fewest and the most that a measurement makes of each run
 
@@ -79,10 +76,10 @@ class WallClock:
         sample = partial(self._sample, run)
         first = sample() if first is None else first
         if first >= LONG_RUN and not self._cuda:  # there it may have compiled kernels
-            return Prepared(sample, [first])
+            return sample, [first]
         for _ in range(WARM_UP - 1 if first < LONG_RUN else 1):
             run()
-        return Prepared(sample)
+        return sample, []
 
     def _sample(self, run: Run) -> float:
         if self._cuda:
@@ -116,12 +113,12 @@ class GpuClock:
         host = min(self._host(run) for _ in range(3))
         queued = partial(self._between, 1.5 * (host + 20e-6), run)
         if min(queued() for _ in range(3)) > SHORT:  # one of them may have waited for the host
-            return Prepared(queued)
+            return queued, []
         try:
-            return Prepared(partial(self._between, 100e-6, captured(run)[0]))
+            return partial(self._between, 100e-6, captured(run)[0]), []
         except RuntimeError:  # such as a copy from the host
             torch.cuda.synchronize()
-            return Prepared(queued)
+            return queued, []
 
     @staticmethod
     def _host(run: Run) -> float:
@@ -185,11 +182,11 @@ def summarize(samples: Sequence[float]) -> Timing:
 
 def measure(
     clock: Clock,
-    runs: dict[str, Run],
+    runs: Mapping[Any, Run],
     seconds: float,
     calls: tuple[int, int] | None = None,
-    first: dict[str, float] | None = None,
-) -> dict[str, Timing]:
+    first: Mapping[Any, float] | None = None,
+) -> dict[Any, Timing]:
     """Time each run, in turns, in an order that moves on by one every round.
 
     A round is repeated for `seconds` in all, but at least and at most so many times as `calls`, by
@@ -200,7 +197,7 @@ def measure(
     before = first or {}
     prepared = {name: clock.prepare(run, before.get(name)) for name, run in runs.items()}
     begin = time.perf_counter()
-    samples = {name: [*one.known, one.sample()] for name, one in prepared.items()}
+    samples = {name: [*known, sample()] for name, (sample, known) in prepared.items()}
     took = time.perf_counter() - begin
     rounds = int(seconds / max(took, 1e-9))
     fewest = min(fewest, 3) if took > LONG_RUN else fewest
@@ -209,28 +206,21 @@ def measure(
     for i in range(known, min(max(rounds, fewest), most)):
         start = i % max(1, len(names))
         for name in names[start:] + names[:start]:
-            samples[name].append(prepared[name].sample())
+            sample, _ = prepared[name]
+            samples[name].append(sample())
     return {name: summarize(values) for name, values in samples.items()}
 
 
-def clock_of(device: str, *, wall: bool = True) -> Clock:
-    return GpuClock() if device == "cuda" and not wall else WallClock(device)
+@functools.cache
+def gpu_clock() -> Clock:
+    """One for all operations: what it clears the cache with is large."""
+    return GpuClock()
 
 
-def rates(
-    device: str,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    copied: int | None = None,
-    side: int | None = None,
-) -> Rates:
-    """Measure a copy of `copied` bytes and a product of two side x side matrices.
-
-    On random numbers, as zeros multiply faster, and laid out as in a linear layer. By default the
-    sizes are far beyond the caches: 2 GiB and 8192 on a GPU, 256 MiB and 2048 on the CPU.
-    """
-    large = device == "cuda"
-    copied, side = copied or (2**31 if large else 2**28), side or (8192 if large else 2048)
+def rates(device: str, dtype: torch.dtype = torch.bfloat16) -> Rates:
+    """Measure a copy and a product of two square matrices, both far beyond the caches: on random
+    numbers, as zeros multiply faster, and laid out as in a linear layer."""
+    copied, side = MEASURED[device]
     options: Any = dict(device=device, dtype=dtype)
     source = torch.randn(copied // dtype.itemsize, **options)
     target = torch.empty_like(source)
@@ -241,6 +231,6 @@ def rates(
         "products": lambda: F.linear(a, b),
         "launch": lambda: one.add_(1),
     }
-    found = measure(clock_of(device, wall=False), runs, 0.5, (20, 50))
+    found = measure(gpu_clock() if device == "cuda" else WallClock(), runs, 0.5, (20, 50))
     times = {name: timing.median for name, timing in found.items()}
     return Rates(2 * copied / times["copy"], 2 * side**3 / times["products"], times["launch"])

@@ -13,27 +13,16 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..command_line import UsageError, count, now, number, open_folder, require
+from ..command_line import UsageError, count, number, pattern
 from ..models import list_models
 from ..paper import TRAINING_MEMORY
-from . import (
-    clocks,
-    compare,
-    gpu,
-    harness,
-    memory,
-    op_workloads,
-    parallel,
-    predict,
-    results,
-    workloads,
-)
-from .compare import settings_of
+from . import clocks, gpu, memory, op_workloads, parallel, predict, workloads
+from .clocks import WallClock
 from .floor import FORWARD, TASKS
-from .harness import Bench
+from .harness import Bench, Workload
 from .model_run import model_workloads
 from .op_run import OperationWorkload
-from .results import Result
+from .options import add_dtype, add_measuring, add_out, carry_out, settings_of
 from .workloads import DTYPES, FIGURE_SIZES, FIGURES, Settings, Size
 
 Commands = Any  # argparse's own type of a group of subcommands has no public name
@@ -51,22 +40,23 @@ def add_parser(commands: Commands) -> None:
     ops = _add(kinds, "ops", "the operations, against torch's own and the time floor", _ops)
     ops.add_argument("--only", metavar="PATTERN", type=pattern, default=re.compile(""),
                      help="operations whose name matches, such as 'window XL 1024'")  # fmt: skip
-    _add_measuring(ops, 120.0)
-    ops.set_defaults(dtype="bf16", quantize=None)  # whatever the machine: the kernels' own cases
+    _add_timing(ops, 120.0)
+    ops.set_defaults(dtype="bf16")  # whatever the machine: the kernels' own cases
     for kind, what, models, sizes in (
         ("block", "one block of each model", workloads.MODELS[:3], (256, 512, 1024, 2048)),
         ("model", "whole models", workloads.MODELS, (256, 512)),
     ):
         own = _add(kinds, kind, f"{what}, proxy-tokenized and full attention", _models)
-        _add_table(own, models, [Size(side) for side in sizes])
+        _add_models(own, models)
+        _add_sizes(own, [Size(side) for side in sizes])
         own.add_argument("--tasks", nargs="+", choices=TASKS, default=[FORWARD],
                          help="default: forward")  # fmt: skip
         own.add_argument("--batch", type=count, default=1, help="default: %(default)s")
-        compare.add_dtype(own)
+        add_dtype(own)
         own.add_argument("--quantize", choices=("fp8",),
                          help="also every linear layer in float8 by torchao, compiled; its error "
                          "is in the table")  # fmt: skip
-        _add_measuring(own, 1200.0)
+        _add_timing(own, 1200.0)
         own.set_defaults(depth=None)
     own.add_argument("--depth", type=count, metavar="BLOCKS",
                      help="of every model (default: its own)")  # fmt: skip
@@ -79,38 +69,32 @@ def add_parser(commands: Commands) -> None:
     own.add_argument("--frames", nargs="+", metavar="N", type=count, default=memory.FRAMES,
                      help=f"latent frames of {memory.SIDE} px "
                      f"(default: {' '.join(map(str, memory.FRAMES))})")  # fmt: skip
-    own = _add(
-        kinds, parallel.KIND, "one sample over several GPUs: what it sends; nothing is measured",
-        _parallel,
-    )  # fmt: skip
+    text = "one sample over several GPUs: what it sends; nothing is measured"
+    own = _add(kinds, parallel.KIND, text, _parallel)
     _add_sizes(own, parallel.SIZES)
     own.add_argument("--gpus", nargs="+", metavar="N", type=count, default=parallel.RANKS,
                      help=f"default: {' '.join(map(str, parallel.RANKS))}")  # fmt: skip
-    own = _add(
-        kinds, "predict", "what a GPU would take, from a model; nothing is measured", _predict
-    )
-    _add_table(own, FIGURES, FIGURE_SIZES)
+    text = "what a GPU would take, from a model; nothing is measured"
+    own = _add(kinds, "predict", text, _predict)
+    _add_models(own, FIGURES)
+    _add_sizes(own, FIGURE_SIZES)
     own.add_argument("--device", choices=tuple(predict.DEVICES), default="h200",
                      help="default: %(default)s")  # fmt: skip
 
 
 def _add(kinds: Commands, kind: str, text: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser
     parser = kinds.add_parser(kind, help=text, description=f"Of {text}.")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("results/bench"),
-                        help=f"where {kind}.json, .md and .png are written "
-                        "(default: %(default)s)")  # fmt: skip
+    add_out(parser, f"{kind}.json, .md and .png", "results/bench")
     parser.add_argument("--against", metavar="FILE", type=Path,
                         help="an earlier result to compare with")  # fmt: skip
     parser.set_defaults(run=run)
     return parser
 
 
-def _add_table(
-    parser: argparse.ArgumentParser, models: Sequence[str], sizes: Sequence[Size]
-) -> None:
+def _add_models(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
     parser.add_argument("--models", nargs="+", metavar="MODEL", choices=list_models(),
                         default=list(models), help=f"default: {' '.join(models)}")  # fmt: skip
-    _add_sizes(parser, sizes)
 
 
 def _add_sizes(parser: argparse.ArgumentParser, sizes: Sequence[Size]) -> None:
@@ -120,8 +104,8 @@ def _add_sizes(parser: argparse.ArgumentParser, sizes: Sequence[Size]) -> None:
                         f"side (default: {shown})")  # fmt: skip
 
 
-def _add_measuring(parser: argparse.ArgumentParser, budget: float) -> None:
-    compare.add_options(parser, budget=budget)
+def _add_timing(parser: argparse.ArgumentParser, budget: float) -> None:
+    add_measuring(parser, budget=budget)
     parser.add_argument("--compile", action="store_true", help="by torch.compile, too")
     parser.add_argument("--seconds", type=number, help="for a task at a size, all implementations "
                         f"together (default: {SECONDS['cuda']} on a GPU, {SECONDS['cpu']:.0f} on "
@@ -129,110 +113,68 @@ def _add_measuring(parser: argparse.ArgumentParser, budget: float) -> None:
 
 
 def _ops(options: argparse.Namespace, command: str) -> int:
-    chosen = [o for o in op_workloads.operations() if options.only.search(str(o))]
-    if not chosen:
+    found = [o for o in op_workloads.operations() if options.only.search(str(o))]
+    if not found:
         raise UsageError(f"argument --only: no operation matches {options.only.pattern!r}")
-    return _measure(options, command, lambda settings: [OperationWorkload(o) for o in chosen])
+    chosen = [OperationWorkload(operation, options.compile) for operation in found]
+    return _measure(options, command, settings_of(options), chosen)
 
 
 def _models(options: argparse.Namespace, command: str) -> int:
-    return _measure(options, command, lambda settings: list(model_workloads(
-        options.kind, options.models, options.sizes, options.tasks, settings,
-        batch=options.batch, depth=options.depth)))  # fmt: skip
-
-
-def _measure(options: argparse.Namespace, command: str, table: Any) -> int:
-    """Check all that can be wrong, then measure the rates and the table."""
-    require("rich", "matplotlib")
-    from . import report
-    from .progress import Progress
-
-    if options.quantize:
-        require("torchao", install="torchao")
     settings = settings_of(options)
-    known = {**dataclasses.asdict(settings), "budget": options.budget}
-    done = Result(options.kind, known, {}, command, now())
-    earlier = prepare(options, done)
-    torch.manual_seed(0)
-    dtype, device = DTYPES[settings.dtype], settings.device
-    rates = clocks.rates(device, dtype)
-    done.rates.update(dataclasses.asdict(rates))
-    bench = Bench(
-        clocks.clock_of(device, wall=options.kind != "ops"), rates, device, settings.backend,
-        time.monotonic() + options.budget, options.seconds or SECONDS[device],
-        compiled=options.compile, quantized=options.quantize is not None,
+    chosen = model_workloads(
+        options.kind, options.models, options.sizes, options.tasks, settings, batch=options.batch,
+        depth=options.depth, compiled=options.compile, quantized=options.quantize is not None,
     )  # fmt: skip
-    chosen = table(settings)
-    progress = Progress(len(chosen))
-    found = harness.measure(chosen, bench, progress)
-    return report.carry_out(done, found, options.out, progress, earlier)
+    return _measure(options, command, settings, chosen)
 
 
-def prepare(options: argparse.Namespace, done: Result) -> Result | None:
-    """The result of --against, if it can be compared with; and then the folder of --out."""
-    earlier = None
-    if options.against is not None:
-        try:
-            earlier = results.load(options.against)
-        except UsageError as error:
-            raise UsageError(f"argument --against: {error}") from None
-        results.check_comparable(earlier, done)
-    open_folder(options.out)
-    return earlier
+def _measure(
+    options: argparse.Namespace, command: str, settings: Settings, chosen: Sequence[Workload]
+) -> int:
+    device = settings.device
+
+    def prepare() -> tuple[Sequence[Workload], Bench]:
+        torch.manual_seed(0)
+        rates = clocks.rates(device, DTYPES[settings.dtype])
+        return chosen, Bench(
+            WallClock(device), rates, device, settings.backend,
+            time.monotonic() + options.budget, options.seconds or SECONDS[device],
+        )  # fmt: skip
+
+    known = {**dataclasses.asdict(settings), "budget": options.budget}
+    return carry_out(options, command, known, prepare)
 
 
 def _memory(options: argparse.Namespace, command: str) -> int:
-    require("rich", "matplotlib")
-    from . import report
-    from .progress import Progress
-
     if reasons := backends.reasons_against("triton", torch.empty(1, device="meta")):
         raise UsageError(f"the triton backend is what is predicted, and {'; '.join(reasons)}")
     known = {"device": "cuda", "dtype": "bf16"}
     if not torch.cuda.is_available():
         known["predicted_for"] = "any GPU"
-    done = Result(memory.KIND, known, {}, command, now())
-    earlier = prepare(options, done)
-    found = memory.rows(options.models, options.frames)
-    progress = Progress(len(set(options.models)) * len(set(options.frames)))
-    return report.carry_out(done, found, options.out, progress, earlier, memory.NOTES)
+    chosen = memory.workloads(options.models, options.frames)
+    return carry_out(options, command, known, lambda: (chosen, Bench()), notes=memory.NOTES)
 
 
 def _predict(options: argparse.Namespace, command: str) -> int:
-    require("rich", "matplotlib")
-    from . import report
-    from .progress import Progress
-
     device = predict.DEVICES[options.device]
     settings = Settings("cuda", "bf16", "triton")
     known = {**dataclasses.asdict(settings), "predicted_for": device.name}
-    done = Result("predict", known, dataclasses.asdict(device.rates), command, now())
-    earlier = prepare(options, done)
-    chosen = options.models, options.sizes
-    blocks = model_workloads("block", *chosen, TASKS, settings)
-    models = model_workloads("model", *chosen, TASKS, settings)
-    found = [predict.rows([*models, *blocks], device)]
-    return report.carry_out(done, found, options.out, Progress(1), earlier, predict.notes(device))
+    chosen = [
+        predict.Prediction(workload, device)
+        for kind in ("model", "block")
+        for workload in model_workloads(kind, options.models, options.sizes, TASKS, settings)
+    ]
+    bench = Bench(rates=device.rates)
+    return carry_out(options, command, known, lambda: (chosen, bench), notes=predict.notes(device))
 
 
 def _parallel(options: argparse.Namespace, command: str) -> int:
-    require("rich", "matplotlib")
-    from . import report
-    from .progress import Progress
-
     if min(options.gpus) < 2:
         raise UsageError("argument --gpus: one sample is over 2 GPUs at least")
     device = parallel.DEVICE
     known = {"device": "cuda", "dtype": "bf16", "predicted_for": device.name}
-    done = Result(parallel.KIND, known, dataclasses.asdict(device.rates), command, now())
-    earlier = prepare(options, done)
-    found = parallel.rows(options.sizes, options.gpus)
-    progress = Progress(len(set(options.sizes)) * len(set(options.gpus)))
-    return report.carry_out(done, found, options.out, progress, earlier, parallel.NOTES)
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"expected a regular expression: {error}") from None
+    sizes, gpus = dict.fromkeys(options.sizes), dict.fromkeys(options.gpus)
+    chosen = [parallel.Split(size, number) for size in sizes for number in gpus]
+    bench = Bench(rates=device.rates)
+    return carry_out(options, command, known, lambda: (chosen, bench), notes=parallel.NOTES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from . import results, units
@@ -15,28 +15,36 @@ INTERPRETED = "The kernels ran in Triton's interpreter: no time here says how fa
 def sentences(result: Result) -> list[str]:
     """Of models against models, forward: where PT-DiT wins, where it loses, what the counts hide;
     only what the rows can answer. Times of interpreted kernels answer nothing."""
-    rows = [row for row in result.rows if "macs" in row.facts and row.task == FORWARD]
     if result.kind != "compare":
         return []
+    rows = [row for row in result.rows if "macs" in row.facts and row.task == FORWARD]
     found = [_wins(rows), _losses(rows), _counts(rows)]
     if result.settings["backend"] == "triton" and result.settings["device"] == "cpu":
         found[:2] = [INTERPRETED]
     return [sentence for sentence in found if sentence]
 
 
-def _pairs(rows: Sequence[Row]) -> Iterable[tuple[str, str]]:
+Ratios = list[tuple[Row, float]]
+
+
+def _ratios(rows: Sequence[Row]) -> Iterator[tuple[str, str, Ratios]]:
+    """The measured speed-ups of each PT-DiT over each baseline, smallest size first."""
+    group = results.groups(rows)
     names = {row.model: row.baseline for row in rows}
-    candidates = [name for name, baseline in names.items() if not baseline]
-    return product(candidates, [name for name, baseline in names.items() if baseline])
+    for ours, theirs in product(names, names):
+        if names[ours] or not names[theirs]:
+            continue
+        own = [row for row in rows if (row.model, row.mode) == (ours, EAGER)]
+        known = [(r, results.speedup(r, group[r.workload, r.task], theirs)) for r in own]
+        if found := [(row, ratio) for row, ratio in known if ratio is not None]:
+            yield ours, theirs, found
 
 
 def _wins(rows: Sequence[Row]) -> str:
     clauses: dict[str, list[str]] = {}
-    for ours, theirs in _pairs(rows):
-        ratios = _ratios(rows, ours, theirs)
-        if ratios:
-            head = f"{_terms(rows, ours, theirs)} {ours} is "
-            clauses.setdefault(head, []).append(_wins_against(theirs, ratios))
+    for ours, theirs, ratios in _ratios(rows):
+        head = f"{_terms(rows, ours, theirs)} {ours} is "
+        clauses.setdefault(head, []).append(_wins_against(theirs, ratios))
     said = "; ".join(head + " and ".join(known) for head, known in clauses.items())
     return f"On this machine, {said}." if said else ""
 
@@ -48,7 +56,7 @@ def _terms(rows: Sequence[Row], ours: str, theirs: str) -> str:
     return f"at equal parameters (within {results.EQUAL_PARAMETERS:.0%})".replace("%", " %")
 
 
-def _wins_against(theirs: str, ratios: list[tuple[Row, float]]) -> str:
+def _wins_against(theirs: str, ratios: Ratios) -> str:
     """ "faster than X from 1024 px on (1.20× to 2.50×)", or slower."""
     won = [ratio > 1 for _, ratio in ratios]
     if not any(won):
@@ -66,8 +74,8 @@ def _wins_against(theirs: str, ratios: list[tuple[Row, float]]) -> str:
 
 def _losses(rows: Sequence[Row]) -> str:
     lost: dict[str, dict[str, list[str]]] = {}
-    for ours, theirs in _pairs(rows):
-        for row, ratio in _ratios(rows, ours, theirs):
+    for ours, theirs, ratios in _ratios(rows):
+        for row, ratio in ratios:
             if ratio < 1:
                 speeds = lost.setdefault(ours, {}).setdefault(row.size, [])
                 speeds.append(f"{units.ratio(ratio)} {theirs}'s")
@@ -97,18 +105,6 @@ def _counts(rows: Sequence[Row]) -> str:
         "and the attention products of PT-DiT and PixArt-α but not those of DiT: by that count and "
         f"in full, {ours.model} at {ours.size} takes {_join(ratios)} multiply-adds."
     )
-
-
-def _ratios(rows: Sequence[Row], ours: str, theirs: str) -> list[tuple[Row, float]]:
-    """The measured speed-ups, smallest size first."""
-    group = results.groups(rows)
-    found = []
-    for row in rows:
-        if (row.model, row.mode) == (ours, EAGER):
-            ratio = results.speedup(row, group[row.workload, row.task], theirs)
-            if ratio is not None:
-                found.append((row, ratio))
-    return found
 
 
 def _join(words: Sequence[str]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import baselines
 from .floor import TRAINING
-from .implementations import Implementation, Model
+from .implementations import Model
 from .parity import WrongError, relative_error
 
 # Relative errors in the norm: of an implementation against plain torch's; plain torch's own, beyond
@@ -29,32 +30,37 @@ class Gate:
 
     def __init__(self, model: Model, task: str) -> None:
         dtype = model.leaves[0].dtype
-        by = "reference" if model.proxy_tokenized else "sdpa"
+        by = "reference" if model.entry.is_proxy_tokenized else "sdpa"
         finer = torch.float64 if dtype == torch.float32 else torch.float32
         self.truth, self.plain = (_by(model, by, kind, task) for kind in (finer, dtype))
 
-    def check(self, implementation: Implementation, results: Sequence[Tensor]) -> float:
+    def check(self, model: Model, results: Sequence[Tensor]) -> float:
         """The largest relative error, in the norm, of an output and the gradients of the leaves.
+
+        Args:
+            model: an implementation of it.
+            results: what that computed.
 
         Raises:
             WrongError: an error beyond NEAR times plain torch's, beyond QUANTIZED of what computes
                 in 8 bits, or a shape or NaN that truth has not.
         """
-        name, worst = implementation.name, 0.0
+        worst = 0.0
         # Of a training step the gradients of the weights follow, which are not looked at.
         for i, (own, exact, usual) in enumerate(zip(results, self.truth, self.plain, strict=False)):
-            mine = implementation.leave(own.detach()) if i < 2 else own
+            mine, what = own.detach(), "output" if i == 0 else "gradient"
+            if i < 2 and model.order is not None:
+                mine = baselines.reverse(mine, model.order)
             if mine.shape != exact.shape:
-                raise WrongError(f"{name}: shape {tuple(mine.shape)}, not {tuple(exact.shape)}")
+                raise WrongError(f"{what} of shape {tuple(mine.shape)}, not {tuple(exact.shape)}")
             error, known = (relative_error(t, exact) for t in (mine, usual))
             limit = NEAR * known + torch.finfo(mine.dtype).eps
-            what = "output" if i == 0 else "gradient"
             if not known <= BLURRED:
-                raise WrongError(f"{name}: plain torch's own {what} error is {known:.1e}")
-            if implementation.quantized:
+                raise WrongError(f"plain torch's own {what} error is {known:.1e}")
+            if model.quantized:
                 limit = QUANTIZED
             if not error <= limit:
-                raise WrongError(f"{name}: {what} error {error:.1e}, limit {limit:.1e}")
+                raise WrongError(f"{what} error {error:.1e}, limit {limit:.1e}")
             worst = max(worst, error)
         return worst
 

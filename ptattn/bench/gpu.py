@@ -12,61 +12,35 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 
 import torch
 
-from ..command_line import UsageError, now, number, require
-from . import clocks, command, harness, op_workloads, predict
+from ..command_line import UsageError
+from . import clocks, harness, model_run, op_run, op_workloads, predict
+from .clocks import WallClock
 from .floor import FORWARD, TASKS, TRAINING
-from .harness import Bench, first_line
-from .implementations import block_model, implementations
-from .model_run import ModelWorkload, bind, model_workloads
+from .harness import COMPILING_SECONDS, Bench, Workload, first_line
+from .model_run import ModelWorkload, model_workloads
 from .op_run import OperationWorkload
-from .op_run import bind as bind_operation
-from .results import NOT_REACHED, Result, Row
+from .options import add_budget, carry_out
 from .workloads import Settings, Size
 
 BUDGET = 500.0  # seconds
 SETTINGS = Settings("cuda", "bf16", "triton")
 XL = ("pt-dit-xl", "dit-xl", "pixart-alpha")
 IMAGES, VIDEO = (Size(1024), Size(2048)), Size(512, 48)
+SMALLER = (Size(256), Size(512), *IMAGES)
 # Of a compiling process, at most: the whole of its device's context and one block.
-COMPILING = 16
+PROCESSES = 16
 LONGEST = 120.0  # seconds of compiling
 SECONDS = 0.15  # for a task at a size, all implementations together
-# What a stage takes on an H200: seconds for each of its workloads, and calls of each model in it.
+# On an H200: seconds for each workload, and calls of each model in it.
 SETUP, CALLS = {"model": 3.0, "block": 1.5, "op": 0.9}, 60
 
 
-Timed = ModelWorkload | OperationWorkload
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    workloads: Sequence[Timed]
-    compiled: bool = False
-    quantized: bool = False
-
-    @property
-    def expected(self) -> float:
-        """Seconds on an H200, roughly."""
-        rates = predict.DEVICES["h200"].rates
-        total = 0.0
-        for workload in self.workloads:
-            if isinstance(workload, OperationWorkload):
-                total += SETUP["op"]
-                continue
-            own = sum(workload.floor(entry, rates) for entry in workload.entries)
-            total += SETUP[workload.kind] + CALLS * own
-            total += 12 * len(workload.entries) * (self.compiled + self.quantized)
-        return total
-
-
-def stages(quantize: str | None = None) -> list[Stage]:
+def stages(quantize: str | None = None) -> dict[str, Sequence[Workload]]:
     """The most important first."""
     operations = [OperationWorkload(o) for o in op_workloads.operations()]
     first = [w for w in operations if w.operation.model == "XL" and w.operation.batch == 1]
@@ -78,104 +52,83 @@ def stages(quantize: str | None = None) -> list[Stage]:
         *model_workloads("model", XL, IMAGES, [FORWARD], SETTINGS),
         *model_workloads("model", XL[:2], [VIDEO], [FORWARD], SETTINGS),
     ]
-    smaller = ("pt-dit-l", "pixart-alpha"), ("pt-dit-b", "dit-b")
     others = [
         *model_workloads("model", XL, [Size(256), Size(512)], [FORWARD], SETTINGS),
-        *(
-            workload
-            for models in smaller
-            for workload in model_workloads(
-                "model", models, [Size(256), Size(512), *IMAGES], [FORWARD], SETTINGS
-            )
-        ),
+        *model_workloads("model", ("pt-dit-l", "pixart-alpha"), SMALLER, [FORWARD], SETTINGS),
+        *model_workloads("model", ("pt-dit-b", "dit-b"), SMALLER, [FORWARD], SETTINGS),
         *model_workloads("model", XL[:2], IMAGES[:1], [TRAINING], SETTINGS),
     ]
-    compiled = [
-        dataclasses.replace(workload, one=True)
-        for size in IMAGES[::-1]
-        for workload in model_workloads("block", XL, [size], [FORWARD], SETTINGS)
-    ]
-    return [
-        Stage("whole models", whole),
-        Stage("blocks", blocks),
-        Stage("operations of XL", first),
-        Stage("compiled blocks", compiled, compiled=True, quantized=quantize is not None),
-        Stage("other models", others),
-        Stage("other operations", [w for w in operations if w not in first]),
-    ]
+    compiled = model_workloads(
+        "block", XL, IMAGES, [FORWARD], SETTINGS, one=True, compiled=True,
+        quantized=quantize is not None,
+    )[::-1]  # fmt: skip
+    return {
+        "whole models": whole,
+        "blocks": blocks,
+        "operations of XL": first,
+        "compiled blocks": compiled,
+        "other models": others,
+        "other operations": [w for w in operations if w not in first],
+    }
+
+
+def expected(workload: Workload) -> float:
+    """Seconds on an H200, roughly."""
+    if not isinstance(workload, ModelWorkload):
+        return SETUP["op"]
+    rates = predict.DEVICES["h200"].rates
+    calls = sum(workload.work(entry).seconds(rates) for entry in workload.entries)
+    return SETUP[workload.kind] + CALLS * calls + COMPILING_SECONDS * workload.compiling
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
+    add_budget(parser, BUDGET)
     add = parser.add_argument
-    add("--budget", type=number, metavar="SECONDS", default=BUDGET,
-        help="what would end after it is not begun (default: %(default)s)")  # fmt: skip
     add("--quantize", choices=("fp8",), help="also linear layers in float8 by torchao, compiled")
     add("--plan", action="store_true", help="print the order and what it should take on an H200")
 
 
-def run(options: argparse.Namespace, typed: str) -> int:
+def run(options: argparse.Namespace, command: str) -> int:
     planned = stages(options.quantize)
     if options.plan:
         return _show(planned, options.budget)
-    require("rich", "matplotlib")
-    if options.quantize:
-        require("torchao", install="torchao")
+
+    def prepare() -> tuple[list[Workload], Bench]:
+        begin = time.monotonic()
+        torch.manual_seed(0)
+        first = ("whole models", "blocks", "operations of XL")
+        compile_kernels([workload for name in first for workload in planned[name]])
+        return [workload for stage in planned.values() for workload in stage], Bench(
+            WallClock("cuda"), clocks.rates("cuda"), "cuda", "triton", begin + options.budget,
+            seconds=SECONDS,
+        )  # fmt: skip
+
     if not torch.cuda.is_available():
         raise UsageError(
             "a CUDA GPU is needed, and torch finds none; --plan shows what it would do"
         )
-    from . import report
-    from .progress import Progress
-
-    begin = time.monotonic()
-    done = Result("gpu", dataclasses.asdict(SETTINGS), {}, typed, now())
-    earlier = command.prepare(options, done)
-    torch.manual_seed(0)
-    compile_kernels([workload for stage in planned[:3] for workload in stage.workloads])
-    rates = clocks.rates("cuda")
-    done.rates.update(dataclasses.asdict(rates))
-    bench = Bench(
-        clocks.clock_of("cuda"), rates, "cuda", "triton", begin + options.budget, seconds=SECONDS
-    )
-    progress = Progress(sum(len(stage.workloads) for stage in planned))
-    found = _measure(planned, bench, progress)
-    return report.carry_out(done, found, options.out, progress, earlier)
+    return carry_out(options, command, dataclasses.asdict(SETTINGS), prepare)
 
 
-def _measure(planned: Sequence[Stage], bench: Bench, watch: harness.Watch) -> Iterator[list[Row]]:
-    alone = clocks.clock_of("cuda", wall=False)
-    for i, stage in enumerate(planned):
-        operations = isinstance(stage.workloads[0], OperationWorkload)
-        own = dataclasses.replace(
-            bench, clock=alone if operations else bench.clock, compiled=stage.compiled,
-            quantized=stage.quantized,
-        )  # fmt: skip
-        try:
-            yield from harness.measure(stage.workloads, own, watch)
-        except KeyboardInterrupt:
-            rest = [w for later in planned[i + 1 :] for w in later.workloads]
-            yield [row for w in rest for row in w.blank(NOT_REACHED, "interrupted")]
-            raise
-
-
-def _show(planned: Sequence[Stage], budget: float) -> int:
+def _show(planned: dict[str, Sequence[Workload]], budget: float) -> int:
     print("Order, and seconds on an H200, roughly; kernels are compiled before, in half a minute.")
     total = 30.0
-    for stage in planned:
-        total += stage.expected
+    for name, stage in planned.items():
+        seconds = sum(map(expected, stage))
+        total += seconds
         late = "" if total <= budget else f"  beyond the budget of {budget:.0f} s"
-        counted = f"{len(stage.workloads):4} workloads {stage.expected:6.0f} s"
-        print(f"{stage.name:20} {counted}, until {total:5.0f} s{late}")
+        counted = f"{len(stage):4} workloads {seconds:6.0f} s"
+        print(f"{name:20} {counted}, until {total:5.0f} s{late}")
     return 0
 
 
 # Compiling.
 
 
-def compile_kernels(workloads: Sequence[Timed]) -> None:
+def compile_kernels(workloads: Sequence[Workload]) -> None:
     """Run each workload's kernels once, on all cores: Triton keeps on disk what it compiled."""
     begin, todo = time.monotonic(), _to_compile(workloads)
-    workers = max(1, min(COMPILING, (os.cpu_count() or 2) - 1))
+    workers = max(1, min(PROCESSES, (os.cpu_count() or 2) - 1))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
@@ -191,31 +144,27 @@ def compile_kernels(workloads: Sequence[Timed]) -> None:
     print(f"compiled the kernels of {len(todo)} workloads in {seconds:.0f} s", file=sys.stderr)
 
 
-def _to_compile(workloads: Sequence[Timed]) -> list[Timed]:
+def _to_compile(workloads: Sequence[Workload]) -> list[Workload]:
     """Those that fit beside one another, of models a block of the first, which is PT-DiT's."""
-    free = (harness.free_memory("cuda") or 0) / COMPILING
+    free = (harness.free_memory("cuda") or 0) / PROCESSES
     found = [w for w in workloads if isinstance(w, OperationWorkload) and w.memory < free]
     blocks = [
-        dataclasses.replace(w, entries=w.entries[:1])
+        dataclasses.replace(w, entries=w.entries[:1], one=True)
         for w in workloads
         if isinstance(w, ModelWorkload) and w.kind == "block"
     ]
     return [*(w for w in blocks if w.memory < free), *found]
 
 
-def _run_once(workload: Timed) -> None:
+def _run_once(workload: Workload) -> None:
     if isinstance(workload, OperationWorkload):
-        inputs = workload.operation.inputs("cuda")
+        operation, inputs = workload.operation, workload.operation.inputs("cuda")
         for task in op_workloads.TASKS:
             with torch.set_grad_enabled(task == "backward"):
-                bind_operation(
-                    lambda tensors: workload.operation.call("triton", tensors, inputs.key_mask),
-                    inputs,
-                    task,
+                op_run.bind(
+                    lambda tensors: operation.call("triton", tensors, inputs.key_mask), inputs, task
                 )()
-    else:
-        model = block_model(workload.entries[0], workload.settings, workload.batch)
-        make = next(iter(next(implementations(model, one=True)).values()))
+    elif isinstance(workload, ModelWorkload):
         with torch.set_grad_enabled(workload.task != FORWARD):
-            bind(make(), model, workload.task)
+            model_run.bind(workload.model(workload.entries[0]), workload.task)
     torch.cuda.synchronize()

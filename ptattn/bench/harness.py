@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch._functorch.config
 
 from .. import environment
-from .clocks import LONG_RUN, Clock, Rates
-from .isolation import Worker, WorkerError
+from . import clocks, peaks
+from .clocks import LONG_RUN, Clock, Rates, Run, WallClock
 from .parity import WrongError
 from .results import ERROR, FAILED, NOT_REACHED, SKIPPED, Row
-from .workloads import Settings
 
 GRAPHS = 64  # of torch.compile, of one workload's implementations
-GRACE = 10.0  # seconds that a workload may take beyond the budget before it is stopped
+COMPILING_SECONDS = 12.0  # to compile an implementation, until one was compiled
 
 
 def free_memory(device: str) -> int | None:
@@ -36,136 +34,57 @@ def free_memory(device: str) -> int | None:
 class Bench:
     """What every workload is measured with."""
 
-    clock: Clock
-    rates: Rates | None  # None where no floor is wanted
-    device: str
-    backend: str  # of the candidates, resolved
+    clock: Clock = field(default_factory=WallClock)
+    rates: Rates | None = None  # where no floor is wanted
+    device: str = "cpu"
+    backend: str = "auto"  # of the candidates
     deadline: float = math.inf  # by time.monotonic
     seconds: float = 0.3  # for a task, all implementations together
     calls: tuple[int, int] | None = None  # the clock's, where it is None
-    compiled: bool = False  # torch.compile takes part
-    quantized: bool = False  # linear layers in fp8 take part
     free_memory: Callable[[str], int | None] = free_memory
 
 
-class Workload(Protocol):
+class Workload:
     """Something that can be measured, and rows that say why it was not."""
+
+    family = ""  # workloads of one family take time in proportion to their cost
 
     @property
     def memory(self) -> int:
         """About how many bytes measuring takes."""
+        return 0
 
-    def measure(self, bench: Bench) -> list[Row]: ...
+    @property
+    def cost(self) -> float:
+        """What its time is predicted from; 0 where that cannot be said."""
+        return 0.0
 
-    def blank(self, status: str, note: str = "") -> list[Row]: ...
+    @property
+    def checks(self) -> int:
+        """Calls that the gate takes as long as."""
+        return 0
 
+    @property
+    def compiling(self) -> int:
+        """Implementations that torch.compile takes part in."""
+        return 0
 
-Run = Callable[[Workload, Bench], list[Row]]
+    def measure(self, bench: Bench) -> list[Row]:
+        raise NotImplementedError
+
+    def blank(self, status: str, note: str = "") -> list[Row]:
+        raise NotImplementedError
 
 
 class Watch(Protocol):
     def start(self, workload: Workload, left: float) -> None:
         """One begins; all of them are expected to be done in `left` seconds."""
 
-
-def measure(
-    workloads: Sequence[Workload], bench: Bench, watch: Watch, run: Run | None = None
-) -> Iterator[list[Row]]:
-    """The rows of every workload in turn; what would end after the deadline is not begun.
-
-    Args:
-        run: measures one of them; in this process by default.
-
-    Raises:
-        KeyboardInterrupt: after the rows of all that it keeps from being measured.
-    """
-    pace = Pace()
-    for i, workload in enumerate(workloads):
-        try:
-            left = bench.deadline - time.monotonic()
-            watch.start(workload, min(left, sum(pace.expected(w, bench) for w in workloads[i:])))
-            reason = pace.too_late(workload, bench)
-            rows = (
-                workload.blank(NOT_REACHED, reason)
-                if reason
-                else (run or run_here)(workload, bench)
-            )
-        except KeyboardInterrupt:
-            yield [row for rest in workloads[i:] for row in rest.blank(NOT_REACHED, "interrupted")]
-            raise
-        pace.learn(workload, rows)
-        yield rows
+    def finish(self, rows: Sequence[Row]) -> None:
+        """It is done."""
 
 
-@dataclass
-class Pace:
-    """Seconds of one call per cost, by family of workloads, the latest last."""
-
-    rates: dict[str, float] = field(default_factory=dict)
-
-    def expected(self, workload: Any, bench: Bench) -> float:
-        """Seconds at the pace of the family's last workload, or else of the last one; 0 of the
-        first, and of what has no cost."""
-        if not self.rates or not hasattr(workload, "cost"):
-            return 0.0
-        rate = self.rates.get(workload.family, list(self.rates.values())[-1])
-        fewest, most = bench.calls or bench.clock.calls
-        once = workload.cost * rate
-        fewest = min(fewest, 3) if once > LONG_RUN else fewest
-        return max(once * (fewest + workload.checks), min(bench.seconds, most * once))
-
-    def learn(self, workload: Any, rows: Sequence[Row]) -> None:
-        seconds = sum(row.seconds for row in rows if row.seconds)
-        if seconds and hasattr(workload, "cost"):
-            self.rates.pop(workload.family, None)
-            self.rates[workload.family] = seconds / workload.cost
-
-    def too_late(self, workload: Any, bench: Bench) -> str:
-        """Why it is not begun; empty if it is."""
-        left, expected = bench.deadline - time.monotonic(), self.expected(workload, bench)
-        if left <= 0:
-            return "the budget is used up"
-        return "" if expected <= left else f"predicted {expected:.0f} s, {left:.0f} s of it left"
-
-
-class Isolated:
-    """`run_here`, but in a child process: what ends that one costs one workload.
-
-    Args:
-        settings: of the child.
-        bench: makes there what workloads are measured with; the child must be able to import it.
-    """
-
-    def __init__(self, settings: Settings, bench: Callable[[Settings], Bench]) -> None:
-        self._settings, self._make = settings, partial(_in_child, bench)
-        self._worker: Worker | None = None
-
-    def start(self) -> Worker:
-        """Raises WorkerError if the child does not start."""
-        self._worker = self._worker or Worker(self._settings, self._make)
-        return self._worker
-
-    def __call__(self, workload: Workload, bench: Bench) -> list[Row]:
-        try:
-            worker = self.start()
-            left = max(0.0, bench.deadline - time.monotonic())
-            rows: list[Row] = worker.measure(workload, left + GRACE)
-        except WorkerError as failure:
-            self.close()
-            return workload.blank(SKIPPED, str(failure))
-        if not worker.reusable:
-            self.close()
-        return rows
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-
-
-def _in_child(bench: Callable[[Settings], Bench], settings: Settings) -> Callable[[Any], Any]:
-    made = bench(settings)
-    return lambda workload: run_here(workload, made)
+Runner = Callable[[Workload, Bench], list[Row]]
 
 
 def run_here(workload: Workload, bench: Bench) -> list[Row]:
@@ -175,27 +94,133 @@ def run_here(workload: Workload, bench: Bench) -> list[Row]:
         needed = f"needs about {workload.memory / 1e9:.3g} GB of memory"
         return workload.blank(SKIPPED, f"{needed}, {free / 1e9:.3g} GB available")
     try:
-        with _room_for_graphs() if bench.compiled or bench.quantized else nullcontext():
+        with _room_for_graphs() if workload.compiling else nullcontext():
             return workload.measure(bench)
-    except WrongError as error:
-        return workload.blank(FAILED, str(error))
-    except torch.OutOfMemoryError as error:
-        return workload.blank(SKIPPED, f"out of memory: {first_line(error)}")
     except Exception as error:  # a table of hundreds of workloads must survive one
-        return workload.blank(ERROR, first_line(error))
+        return workload.blank(**outcome(error))
 
 
-def _room_for_graphs() -> AbstractContextManager[Any]:
+def measure(
+    workloads: Sequence[Workload],
+    bench: Bench,
+    watch: Watch,
+    found: dict[int, list[Row]],
+    run: Runner = run_here,
+) -> None:
+    """Measure them in turn; what would end after the deadline is not begun.
+
+    Args:
+        found: gets the rows of each, by its place.
+        run: measures one of them.
+
+    Raises:
+        KeyboardInterrupt: what it keeps from being measured has rows that say so.
+    """
+    pace = Pace()
+    try:
+        for i, workload in enumerate(workloads):
+            begin = time.monotonic()
+            left = bench.deadline - begin
+            watch.start(workload, min(left, sum(pace.expected(w, bench) for w in workloads[i:])))
+            expected = pace.expected(workload, bench)
+            if left <= 0:
+                found[i] = workload.blank(NOT_REACHED, "the budget is used up")
+            elif expected > left:
+                reason = f"predicted {expected:.0f} s, {left:.0f} s of it left"
+                found[i] = workload.blank(NOT_REACHED, reason)
+            else:
+                found[i] = run(workload, bench)
+                pace.learn(workload, bench, found[i], time.monotonic() - begin)
+            watch.finish(found[i])
+    except KeyboardInterrupt:
+        for i, workload in enumerate(workloads):
+            if i not in found:
+                found[i] = workload.blank(NOT_REACHED, "interrupted")
+        raise
+
+
+@dataclass
+class Pace:
+    """Seconds of one call per cost, by family of workloads, the latest last; and of compiling."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    compiling: float = COMPILING_SECONDS
+
+    def expected(self, workload: Workload, bench: Bench) -> float:
+        """Seconds at the pace of the family's last workload, or else of the last one; of the first,
+        and of what has no cost, those of compiling alone."""
+        compiling = workload.compiling * self.compiling
+        if not self.rates or not workload.cost:
+            return compiling
+        rate = self.rates.get(workload.family, list(self.rates.values())[-1])
+        fewest, most = bench.calls or bench.clock.calls
+        once = workload.cost * rate
+        fewest = min(fewest, 3) if once > LONG_RUN else fewest
+        return compiling + max(once * (fewest + workload.checks), min(bench.seconds, most * once))
+
+    def learn(self, workload: Workload, bench: Bench, rows: Sequence[Row], took: float) -> None:
+        seconds = sum(row.seconds for row in rows if row.seconds)
+        if not seconds or not workload.cost:
+            return
+        self.rates.pop(workload.family, None)
+        self.rates[workload.family] = seconds / workload.cost
+        if workload.compiling:
+            beside = self.expected(workload, bench) - workload.compiling * self.compiling
+            self.compiling = max(0.0, took - beside) / workload.compiling
+
+
+def outcome(error: Exception) -> dict[str, Any]:
+    """The status and note of what raised it."""
+    if isinstance(error, WrongError):
+        return dict(status=FAILED, note=str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return dict(status=SKIPPED, note=f"out of memory: {first_line(error)}")
+    return dict(status=ERROR, note=first_line(error))
+
+
+@contextmanager
+def _room_for_graphs() -> Iterator[None]:
     """What is compiled shares its outermost code, of which torch keeps so many graphs: those of
-    other workloads are dropped first. Nor are graphs kept on disk, where torch finds them again
+    other workloads are dropped first. No graph comes from disk, where torch finds one again
     whatever attention kernel is asked for now."""
     torch.compiler.reset()
-    stack = ExitStack()
-    stack.enter_context(torch._dynamo.config.patch(cache_size_limit=GRAPHS))
-    stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
-    return stack
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(cache_size_limit=GRAPHS))
+        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+        yield
 
 
 def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0]}"[:160]
+
+
+# What workloads of several implementations share.
+
+Found = tuple[Row, Run | None]  # a row, and how to run what it is of, or it says why not
+Make = TypeVar("Make")
+
+
+def first_that_run(
+    offered: Iterable[dict[str, Make]], attempt: Callable[[str, Make], Iterable[Found]]
+) -> Iterator[Found]:
+    """Attempts, by name; those of a later dict only if none of an earlier one runs."""
+    for makers in offered:
+        found = [one for name, make in makers.items() for one in attempt(name, make)]
+        yield from found
+        if any(run is not None for _, run in found):
+            return
+
+
+def timed(found: Sequence[Found], clock: Clock, bench: Bench, peaked: Sequence[str]) -> list[Row]:
+    """The rows with times, taken in turns, and in the modes of `peaked` with the memory added."""
+    runs = {i: run for i, (_, run) in enumerate(found) if run is not None}
+    seen = {
+        i: peaks.added(run, bench.device) for i, run in runs.items() if found[i][0].mode in peaked
+    }
+    before = {i: seconds for i, (_, seconds) in seen.items()}
+    times = clocks.measure(clock, runs, bench.seconds, bench.calls, before)
+    return [
+        replace(row, timing=times.get(i), peak=seen[i][0] if i in seen else None)
+        for i, (row, _) in enumerate(found)
+    ]

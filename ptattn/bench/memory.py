@@ -8,7 +8,7 @@ ten MB), the allocator's rounding and the CUDA context.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,8 @@ from ..flops import VAE_FACTOR
 from ..models import PTDiT, create_model, find_model, get_config, list_models
 from ..paper import TRAINING_MEMORY
 from .floor import TRAINING
-from .harness import first_line, free_memory
-from .results import ERROR, OK, PREDICTED, SKIPPED, Row
+from .harness import Bench, Workload, free_memory, outcome
+from .results import OK, PREDICTED, Row
 from .workloads import TEXT_TOKENS, Entry, Size, plan
 
 KIND = "memory"
@@ -62,8 +62,19 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
+        self.peak = self._now = 0
+        self._seen = {t.untyped_storage()._cdata for t in known}
+        self._living: dict[Any, tuple[int, int]] = {}  # where a storage is, and its bytes
+        # Filled by list.append, which runs no code of Python: a Ctrl-C raised there would be lost.
+        self._dead: list[Any] = []
+
+    @property
+    def now(self) -> int:
+        while self._dead:
+            place, size = self._living.pop(self._dead.pop())
+            self._now -= size
+            self._seen.remove(place)
+        return self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,58 +82,65 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+        storage, now = tensor.untyped_storage(), self.now
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._seen:
+            self._seen.add(place)
+            self._living[weakref.ref(storage, self._dead.append)] = place, size
+            self._now = now + size
+            self.peak = max(self.peak, self._now)
 
 
-def build(name: str, frames: int, kept: str, device: str) -> tuple[Any, list[Tensor]]:
-    """A model in bf16 with one sample: latents, timestep, caption and the velocity to learn."""
-    side = SIDE // VAE_FACTOR
+Step = tuple[nn.Module, list[Tensor], dict[str, Tensor]]
+
+
+def build(name: str, size: Size, kept: str, device: str) -> Step:
+    """A model in bf16; one sample's latents, timestep and velocity to learn; and its condition."""
+    side, config = size.side // VAE_FACTOR, get_config(name)
     with torch.device(device):
         model: Any = create_model(name, backend="triton").to(DTYPE)
-        channels = get_config(name).caption_channels or 0
-        caption = torch.zeros(1, TEXT_TOKENS, channels, dtype=DTYPE)
-        latents = torch.zeros(1, 4, frames, side, side, dtype=DTYPE)
-        inputs = [latents, torch.zeros(1), caption, torch.zeros_like(latents)]
+        latents = torch.zeros(1, 4, size.frames, side, side, dtype=DTYPE)
+        condition = {"labels": torch.zeros(1, dtype=torch.int64)}
+        if config.num_classes is None:
+            shape = 1, TEXT_TOKENS, config.caption_channels or 0
+            condition = {"caption": torch.zeros(shape, dtype=DTYPE)}
+        inputs = [latents, torch.zeros(1), torch.zeros_like(latents)]
     if kept != "all":
         model.blocks.checkpoint(keep_attention=kept == "attention")
-    return model, inputs
+    return model, inputs, condition
 
 
-def backward(
-    model: nn.Module, latents: Tensor, timestep: Tensor, caption: Tensor, target: Tensor
-) -> None:
-    velocity = model(latents, timestep, caption)[:, : target.shape[1]]
+def backward(step: Step) -> None:
+    model, (latents, timestep, target), condition = step
+    velocity = model(latents, timestep, **condition)[:, : target.shape[1]]
     F.mse_loss(velocity, target).backward()
 
 
-def predict(name: str, frames: int, kept: str) -> tuple[int, int]:
-    """The number of parameters, and the most bytes that gradients and activations take at once."""
-    model, inputs = build(name, frames, kept, "meta")
-    with LiveBytes(list(model.parameters())) as live:
-        backward(model, *inputs)
-    return sum(p.numel() for p in model.parameters()), live.peak
+def predict(
+    name: str, size: Size, kept: str, change: Callable[[Any], object] = bool
+) -> tuple[int, int]:
+    """The number of parameters, and the most bytes that gradients and activations take at once.
+
+    `change` does something to the model before.
+    """
+    step = build(name, size, kept, "meta")
+    change(step[0])
+    parameters = list(step[0].parameters())
+    with LiveBytes(parameters) as live:
+        backward(step)
+    return sum(p.numel() for p in parameters), live.peak
 
 
-def measure(name: str, frames: int, kept: str, recipe: Recipe) -> int:
+def measure(name: str, size: Size, kept: str, recipe: Recipe) -> int:
     """The peak on the GPU. The optimizer's state is there as so many bytes; it does not step."""
     torch.cuda.empty_cache()  # what other cases left would lie in the way
-    model, inputs = build(name, frames, kept, "cuda")
-    parameters = sum(p.numel() for p in model.parameters())
+    step = build(name, size, kept, "cuda")
+    parameters = sum(p.numel() for p in step[0].parameters())
     state = torch.empty(parameters * recipe.state, dtype=torch.uint8, device="cuda")
-    backward(model, *inputs)  # what is loaded at first use, too
-    model.zero_grad()
+    backward(step)  # what is loaded at first use, too
+    step[0].zero_grad()
     torch.cuda.reset_peak_memory_stats()
-    backward(model, *inputs)
+    backward(step)
     del state
     return torch.cuda.max_memory_allocated()
 
@@ -136,40 +154,51 @@ def choices() -> list[str]:
     ]
 
 
-def rows(models: Sequence[str], frames: Sequence[int]) -> Iterator[list[Row]]:
-    """Of one model and number of frames after the other: a row per recipe and what is kept.
+@dataclass(frozen=True)
+class TrainingMemory(Workload):
+    """A model and number of frames: a row per recipe and what is kept.
 
     With a GPU those that fit have a second row, measured.
     """
-    for entry in plan(models, [Size(SIDE, length) for length in frames]):
-        yield _rows(entry)
+
+    entry: Entry
+
+    def __str__(self) -> str:
+        return f"{self.entry.name} {self.entry.size}"
+
+    def measure(self, bench: Bench) -> list[Row]:
+        entry, found = self.entry, []
+        lives = {kept: predict(entry.model, entry.size, kept) for kept in KEPT}
+        for name, recipe in RECIPES.items():
+            for kept, (parameters, live) in lives.items():
+                fixed = parameters * (4 + recipe.state)
+                peak = max(fixed - 2 * parameters + live, fixed + recipe.step * parameters)
+                row = self._row(name, kept, peak=peak, status=PREDICTED)
+                row.facts |= dict(parameters=parameters, fixed=fixed)
+                found.append(row)
+                if torch.cuda.is_available() and peak < (free_memory("cuda") or 0):
+                    found.append(self._measured(row, kept, recipe))
+        return found
+
+    def blank(self, status: str, note: str = "") -> list[Row]:
+        return [self._row(r, kept, status=status, note=note) for r in RECIPES for kept in KEPT]
+
+    def _row(self, recipe: str, kept: str, **known: Any) -> Row:
+        entry, frames = self.entry, self.entry.size.frames
+        printed = TRAINING_MEMORY.get(entry.model, {}).get(frames)
+        facts = dict(kind=KIND, model=entry.name, frames=frames, recipe=recipe, printed=printed)
+        return Row(
+            f"{self}, {recipe}", TRAINING, f"keeps {kept}", entry.name,
+            tokens=entry.tokens, facts=facts, **known,
+        )  # fmt: skip
+
+    def _measured(self, row: Row, kept: str, recipe: Recipe) -> Row:
+        try:
+            peak = measure(self.entry.model, self.entry.size, kept, recipe)
+        except Exception as error:  # the others of the table must survive it
+            return replace(row, peak=None, **outcome(error))
+        return replace(row, status=OK, peak=peak)
 
 
-def _rows(entry: Entry) -> list[Row]:
-    found, length = [], entry.size.frames
-    lives = {kept: predict(entry.model, length, kept) for kept in KEPT}
-    for name, recipe in RECIPES.items():
-        for kept, (parameters, live) in lives.items():
-            fixed = parameters * (4 + recipe.state)
-            peak = max(fixed - 2 * parameters + live, fixed + recipe.step * parameters)
-            facts = dict(
-                kind=KIND, model=entry.name, frames=length, recipe=name, parameters=parameters,
-                fixed=fixed, printed=TRAINING_MEMORY.get(entry.model, {}).get(length),
-            )  # fmt: skip
-            row = Row(
-                f"{entry.name} {entry.size}, {name}", TRAINING, f"keeps {kept}", entry.name,
-                status=PREDICTED, tokens=entry.block.tokens, peak=peak, facts=facts,
-            )  # fmt: skip
-            found.append(row)
-            if torch.cuda.is_available() and peak < (free_memory("cuda") or 0):
-                found.append(_measured(row, entry.model, length, kept, recipe))
-    return found
-
-
-def _measured(row: Row, *case: Any) -> Row:
-    try:
-        return replace(row, status=OK, peak=measure(*case))
-    except torch.OutOfMemoryError as error:
-        return replace(row, status=SKIPPED, peak=None, note=first_line(error))
-    except Exception as error:  # the others of the table must survive it
-        return replace(row, status=ERROR, peak=None, note=first_line(error))
+def workloads(models: Sequence[str], frames: Sequence[int]) -> list[TrainingMemory]:
+    return [TrainingMemory(e) for e in plan(models, [Size(SIDE, length) for length in frames])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import baselines, clocks, floor, peaks
-from .clocks import Rates, Run
+from . import baselines, clocks, floor
+from .clocks import Run
 from .floor import FORWARD
 from .gate import Gate
-from .harness import Bench, first_line
-from .implementations import Implementation, Model, block_model, implementations, whole_model
-from .parity import WrongError
-from .results import COMPILED, EAGER, ERROR, FAILED, GRAPH, REFUSED, SKIPPED, Row
-from .workloads import DTYPES, Entry, Settings, Size, plan
+from .harness import Bench, Found, Workload, first_line, first_that_run, outcome, timed
+from .implementations import FUSED, Make, Model, block_model, implementations, whole_model
+from .results import COMPILED, EAGER, GRAPH, REFUSED, Row
+from .workloads import DTYPES, LIVE_TENSORS, Entry, Settings, Size, plan
 
 GEMMS = "21 GEMMs"
-# How many tensors of the tokens a step of one block holds; how many copies of the weights there are
-# (as they are, fused, gradients, truth at twice the size); how much larger truth's activations are.
-KEPT, COPIES, FINER_TIMES = 45, 5, 2
+# Of a training step: how many tensors of the tokens a block holds. Of any: how many copies of the
+# weights there are (as they are, fused, gradients, truth at twice the size), how much larger
+# truth's activations are, and how many implementations a model has.
+KEPT, COPIES, FINER_TIMES, IMPLEMENTATIONS = 45, 5, 2, 2
 
 
 @dataclass(frozen=True)
-class ModelWorkload:
+class ModelWorkload(Workload):
     """Models, or with `kind` "block" one block of each, at one size and in one task."""
 
     kind: str
@@ -40,6 +39,8 @@ class ModelWorkload:
     depth: int | None = None  # of the models, where it is not their own
     one: bool = False  # implementation of each model, and no 21 GEMMs
     checked: int | None = None  # tokens of the corner that the gate sees, where that is not all
+    compiled: bool = False  # by torch.compile, too
+    quantized: bool = False  # the linear layers in fp8, too, in the forward
 
     def __str__(self) -> str:
         return f"{self.kind} {self.size} b{self.batch}" + (
@@ -51,35 +52,45 @@ class ModelWorkload:
 
     @property
     def cost(self) -> float:
-        """What its time is predicted from; a training step is three forwards."""
+        """A training step is three forwards."""
         steps = 1 if self.task == FORWARD else 3
         return steps * self.batch * sum(entry.cost * self.blocks(entry) for entry in self.entries)
 
     @property
     def checks(self) -> int:
-        """Calls that the gate takes as long as."""
         return 6 if self.checked is None else 1
 
     @property
-    def family(self) -> str:
-        """Workloads of one family take time in proportion to their cost."""
-        families = dict.fromkeys(entry.block.family for entry in self.entries)
+    def compiling(self) -> int:
+        modes = self.compiled + (self.quantized and self.task == FORWARD)
+        return modes * sum(map(self._implementations, self.entries))
+
+    def _implementations(self, entry: Entry) -> int:
+        """About how many; a fused model does not train."""
+        alone = self.kind == "model" and self.task != FORWARD and entry.is_proxy_tokenized
+        return 1 if self.one or alone else IMPLEMENTATIONS
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        families = dict.fromkeys(entry.family for entry in self.entries)
         return " ".join([self.kind, self.task, *families])
 
     @property
     def memory(self) -> int:
-        """About how many bytes measuring takes: weights of all, activations of one at a time."""
-        if self.one:
-            dtype, backend = DTYPES[self.settings.dtype], self.settings.backend
-            return max(entry.block.memory(dtype, backend) for entry in self.entries)
-        itemsize = DTYPES[self.settings.dtype].itemsize
-        weights, activations = [], []
+        """About how many bytes measuring takes: weights of all, activations of one at a time, and
+        of every CUDA graph, which keeps its own."""
+        dtype, total, most = DTYPES[self.settings.dtype], 0, 0
         for entry in self.entries:
-            dim, blocks = entry.block.config.dim, self.blocks(entry)
-            weights.append(24 * dim**2 * blocks)
-            kept = KEPT * (1 if self.task == FORWARD else blocks)
-            activations.append(kept * self.batch * entry.block.tokens * dim)
-        return itemsize * (COPIES * sum(weights) + FINER_TIMES * max(activations))
+            blocks, number = self.blocks(entry), self._implementations(entry)
+            kept = LIVE_TENSORS if self.task == FORWARD else KEPT * blocks
+            live = self.batch * entry.activations(dtype, self.settings.backend, kept)
+            # What is quantized is copied once more when it is compiled.
+            copies = COPIES + number * (self.compiled + 2 * self.quantized)
+            total += copies * 24 * entry.config.dim**2 * blocks * dtype.itemsize
+            if self.settings.device == "cuda":
+                total += number * (1 + self.quantized) * live
+            most = max(most, live)
+        return total + most * (FINER_TIMES if self.checked is None else 1)
 
     def blank(self, status: str, note: str = "") -> list[Row]:
         return [
@@ -88,13 +99,12 @@ class ModelWorkload:
         ]
 
     def row(self, entry: Entry, name: str, baseline: bool, **known: Any) -> Row:
-        config = entry.block.config
         facts = {
             "kind": self.kind,
             "model": entry.model,
             "side": entry.size.side,
             "frames": entry.size.frames,
-            "width": config.dim,
+            "width": entry.config.dim,
             "parameters": entry.parameters,
             "blocks": self.blocks(entry),
             "depth": entry.depth,
@@ -102,171 +112,130 @@ class ModelWorkload:
             "macs": entry.full.total,
             "macs_paper": entry.paper.total,
         }
-        tokens = self.batch * entry.block.tokens
-        known |= dict(tokens=tokens, facts=facts)
+        known |= dict(tokens=self.batch * entry.tokens, facts=facts)
         return Row(str(self), self.task, name, entry.name, baseline, **known)
 
-    def floor(self, entry: Entry, rates: Rates, fused: bool = False) -> float:
-        depth = None if self.kind == "block" else self.blocks(entry)
-        itemsize = DTYPES[self.settings.dtype].itemsize
-        sizes = dict(batch=self.batch, itemsize=itemsize, depth=depth, fused=fused)
-        return floor.work(entry.model, self.size, self.task, **sizes).seconds(rates)  # type: ignore[arg-type]
+    def work(self, entry: Entry, *, fused: bool = False) -> floor.Work:
+        """What a model or block does, as the floor counts it."""
+        return floor.work(
+            entry.model, self.size, self.task, batch=self.batch, fused=fused,
+            itemsize=DTYPES[self.settings.dtype].itemsize,
+            depth=None if self.kind == "block" else self.blocks(entry),
+        )  # fmt: skip
 
-    def measure(self, bench: Bench) -> list[Row]:
-        rows: list[Row] = []
-        runs: dict[str, Run] = {}
-        for entry in self.entries:
-            model = self._model(entry)
-            found = list(self._checked(entry, model, bench))
-            if self._has_gemms and not runs:
-                first = replace(self.row(entry, GEMMS, True), model=GEMMS)
-                found.append((first, baselines.gemms_21(model.leaves[0])))
-            rows += [row for row, _ in found]
-            runs |= {_key(row): run for row, run in found if run is not None}
-        with torch.set_grad_enabled(self.task != FORWARD):
-            # A graph's memory is its own, and a replay adds nothing.
-            eager = {key: run for key, run in runs.items() if not key.endswith(GRAPH)}
-            seen = {key: peaks.added(run, bench.device) for key, run in eager.items()}
-            peak = {key: bytes_ for key, (bytes_, _) in seen.items()}
-            before = {key: seconds for key, (_, seconds) in seen.items()}
-            times = clocks.measure(bench.clock, runs, bench.seconds, bench.calls, before)
-        return [
-            replace(row, timing=times[key], peak=peak.get(key))
-            if (key := _key(row)) in runs
-            else row
-            for row in rows
-        ]
-
-    @property
-    def _has_gemms(self) -> bool:
-        return self.kind == "block" and self.task == FORWARD and not self.one
-
-    def _model(self, entry: Entry) -> Model:
+    def model(self, entry: Entry) -> Model:
         torch.manual_seed(0)
         if self.kind == "block":
             return block_model(entry, self.settings, self.batch)
         return whole_model(entry, self.settings, self.batch, self.depth)
 
-    def _checked(
-        self, entry: Entry, model: Model, bench: Bench
-    ) -> Iterator[tuple[Row, Run | None]]:
+    def measure(self, bench: Bench) -> list[Row]:
+        found: list[Found] = []
+        for entry in self.entries:
+            model = self.model(entry)
+            rows = list(self._checked(entry, model, bench))
+            if not found and self.kind == "block" and self.task == FORWARD and not self.one:
+                gemms = replace(self.row(entry, GEMMS, True), model=GEMMS)
+                rows.append((gemms, baselines.gemms_21(model.leaves[0])))
+            found += rows
+        with torch.set_grad_enabled(self.task != FORWARD):
+            # A graph's memory is its own, and a replay adds nothing.
+            return timed(found, bench.clock, bench, peaked=(EAGER, COMPILED))
+
+    def _checked(self, entry: Entry, model: Model, bench: Bench) -> Iterator[Found]:
         """A row of each implementation and mode, and how to run it, or the row says why not."""
-        seen = model
-        if self.checked is not None and self.kind == "block":
-            corner = replace(entry, block=entry.block.corner(self.checked))
-            seen = self._model(corner)
-        gate = Gate(seen, self.task)
-        for makers, theirs in zip(
-            implementations(seen, one=self.one), implementations(model, one=self.one), strict=True
-        ):
-            ran = False
-            for name in makers:
-                for row, run in self._modes(entry, name, makers[name], gate, seen, bench):
-                    if run is not None and seen is not model:
-                        run, _ = bind(theirs[name](), model, self.task, graph=row.mode == GRAPH)
-                    ran |= run is not None
-                    yield row, run
-            if ran:
-                return
+        models = [model]
+        if self.checked is not None:
+            models.insert(0, self.model(entry.corner(self.checked)))
+        gate = Gate(models[0], self.task)
+        return first_that_run(
+            implementations(model, one=self.one),
+            lambda name, make: self._attempt(entry, name, make, models, gate, bench),
+        )
 
-    def _modes(
-        self,
-        entry: Entry,
-        name: str,
-        make: Callable[[], Implementation],
-        gate: Gate,
-        model: Model,
-        bench: Bench,
-    ) -> Iterator[tuple[Row, Run | None]]:
-        baseline = not entry.is_proxy_tokenized or name.endswith(baselines.RELEASED)
-
-        def refused(problem: Exception, mode: str, shown: str) -> Row:
-            status = REFUSED if baseline or shown != name else _status(problem)
-            return self.row(
-                entry, shown, baseline, mode=mode, status=status, note=first_line(problem)
-            )
-
-        try:
-            own = make()
-        except Exception as problem:  # refusals have many types
-            yield refused(problem, EAGER, name), None
-            return
-        if own.for_inference and self.task != FORWARD:
-            return
-        ways: list[tuple[str, str, Callable[[], Implementation]]] = [(EAGER, name, lambda: own)]
-        if bench.compiled:
-            ways.append((COMPILED, name, own.compiled))
-        if bench.device == "cuda":
-            ways.append((GRAPH, name, lambda: own))
-        if bench.quantized and self.task == FORWARD and name != f"{entry.name} fused":
-            # torchao takes some devices and layers alone: to refuse is no fault of the model's.
-            eight = functools.cache(lambda: own.fp8().compiled())
-            ways.append((COMPILED, f"{name} fp8", eight))
-            if bench.device == "cuda":
-                ways.append((GRAPH, f"{name} fp8", eight))
-        for mode, shown, way in ways:
+    def _attempt(
+        self, entry: Entry, name: str, make: Make, models: list[Model], gate: Gate, bench: Bench
+    ) -> Iterator[Found]:
+        """Of one implementation: the gate sees the first of these models, and the last is timed."""
+        baseline = not entry.is_proxy_tokenized or name == baselines.RELEASED
+        made: list[Model] = []
+        for mode, kind, change in self._modes(name, bench):
+            row = self.row(entry, " ".join(filter(None, (entry.name, name, kind))), baseline)
+            row.mode = mode
             try:
+                made = made or [make(model) for model in models]
+                if made[0].for_inference and self.task != FORWARD:
+                    return
                 with torch.set_grad_enabled(self.task != FORWARD):
-                    chosen = way()
-                    run, results = bind(chosen, model, self.task, graph=mode == GRAPH)
-                    error = gate.check(chosen, results)
-            except Exception as problem:  # as above
-                yield refused(problem, mode, shown), None
+                    seen, *whole = map(change, made)
+                    run, results = bind(seen, self.task, graph=mode == GRAPH)
+                    row.error, row.quantized = gate.check(seen, results), seen.quantized
+                    for one in whole:
+                        run, _ = bind(one, self.task, graph=mode == GRAPH)
+            except Exception as problem:  # refusals have many types
+                # torchao takes some devices and layers alone: to refuse is no fault of the model's.
+                refusal: dict[str, Any] = dict(status=REFUSED, note=first_line(problem))
+                yield replace(row, **(refusal if baseline or kind else outcome(problem))), None
                 if mode == EAGER:
                     return
                 continue
-            known: dict[str, Any] = dict(mode=mode, error=error, quantized=chosen.quantized)
-            if bench.rates is not None and not chosen.quantized:  # of which the rate is unknown
-                known["floor"] = self.floor(entry, bench.rates, chosen.name.endswith(" fused"))
-            yield self.row(entry, shown, baseline, **known), run
+            if bench.rates is not None and not seen.quantized:  # of which the rate is unknown
+                row.floor = self.work(entry, fused=name == FUSED).seconds(bench.rates)
+            yield row, run
 
+    def _modes(
+        self, name: str, bench: Bench
+    ) -> Iterator[tuple[str, str, Callable[[Model], Model]]]:
+        """The modes of an implementation, what their names add to its own, and what they change."""
+        yield EAGER, "", lambda own: own
+        if self.compiled:
+            yield COMPILED, "", Model.compiled
+        if bench.device == "cuda":
+            yield GRAPH, "", lambda own: own
+        if self.quantized and self.task == FORWARD and name != FUSED:
+            made: dict[int, Model] = {}
 
-def _status(problem: Exception) -> str:
-    """Of a candidate."""
-    if isinstance(problem, WrongError):
-        return FAILED
-    return SKIPPED if isinstance(problem, torch.OutOfMemoryError) else ERROR
+            def in_fp8(own: Model) -> Model:
+                if id(own) not in made:  # compiled once for both modes
+                    made[id(own)] = own.fp8().compiled()
+                return made[id(own)]
+
+            yield COMPILED, "fp8", in_fp8
+            if bench.device == "cuda":
+                yield GRAPH, "fp8", in_fp8
 
 
 def model_workloads(
     kind: str, models: Sequence[str], sizes: Sequence[Size], tasks: Sequence[str],
-    settings: Settings, *, batch: int = 1, depth: int | None = None,
+    settings: Settings, **known: Any,
 ) -> list[ModelWorkload]:  # fmt: skip
-    """Every size in every task, all models of a size in one workload."""
+    """Every size in every task, all models of a size in one workload; `known` are its others."""
     planned = plan(list(dict.fromkeys(models)), sizes)
     by_size = itertools.groupby(planned, key=lambda entry: entry.size)
     entries = {size: tuple(own) for size, own in by_size}
     return [
-        ModelWorkload(kind, size, own, settings, task, batch, depth)
+        ModelWorkload(kind, size, own, settings, task, **known)
         for task in dict.fromkeys(tasks)
         for size, own in entries.items()
     ]
 
 
-def _key(row: Row) -> str:
-    return f"{row.name} {row.mode}"
-
-
-def bind(
-    own: Implementation, model: Model, task: str, *, graph: bool = False
-) -> tuple[Run, tuple[Tensor, ...]]:
+def bind(model: Model, task: str, *, graph: bool = False) -> tuple[Run, tuple[Tensor, ...]]:
     """How to compute it once more, and what it computed: the output, and in training the gradients
     of all inputs and weights. `graph`: as the replay of a CUDA graph."""
-    first, *others = model.leaves
-    leaves = [own.enter(first.detach()), *(leaf.detach() for leaf in others)]
+    leaves = [leaf.detach() for leaf in model.leaves]
     if task == FORWARD:
 
         def step() -> tuple[Tensor, ...]:
             with torch.inference_mode():
-                return (own(*leaves),)
+                return (model.forward(model.module, *leaves),)
     else:
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        wanted = [*leaves, *own.module.parameters()]
-        upstream = own.enter(model.upstream)
+        wanted = [*leaves, *model.module.parameters()]
 
         def step() -> tuple[Tensor, ...]:
-            out = own(*leaves)
-            return out.detach(), *torch.autograd.grad(out, wanted, upstream)
+            out = model.forward(model.module, *leaves)
+            return out.detach(), *torch.autograd.grad(out, wanted, model.upstream)
 
     results = step()
     if not graph:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import WindowGrid
-from .op_workloads import DENSE, ROWWISE, Inputs, Operation
+from .op_workloads import DENSE, INPUTS, OUTPUTS, ROWWISE, Inputs, Operation
 from .parity import FORWARD, GRADIENT, WrongError, assert_within_rule, relative_error
 
 # Relative error allowed to a baseline in bf16, in the norm, against ours, which has been checked.
@@ -28,10 +28,23 @@ def check(operation: Operation, inputs: Inputs, backend: str = "triton") -> dict
     """
     outs = operation.call(backend, inputs.tensors, inputs.key_mask)
     grads = torch.autograd.grad(outs, inputs.tensors, inputs.upstream)
-    errors: dict[str, float] = {}
+    names = (*OUTPUTS[operation.op], *(f"d{name}" for name in INPUTS[operation.op]))
+    errors = dict.fromkeys(names, 0.0)
     for part in _parts(operation):
-        for name, share in _check_part(operation, inputs, outs, grads, part).items():
-            errors[name] = max(share, errors.get(name, 0.0))
+        tensors, upstream = (
+            [_cut(t, part) for t in ts] for ts in (inputs.tensors, inputs.upstream)
+        )
+        mask = None if inputs.key_mask is None else inputs.key_mask[part[0]]
+        gold, eager = (
+            _evaluate(operation, tensors, upstream, mask, dtype)
+            for dtype in (torch.float64, tensors[0].dtype)
+        )
+        for name, whole, exact, plain in zip(names, (*outs, *grads), gold, eager, strict=True):
+            mine, ratio = _cut(whole, part), FORWARD if name in OUTPUTS[operation.op] else GRADIENT
+            assert_within_rule(name, mine, exact, [plain], ratio)
+            worst, allowed = ((t.double() - exact).abs().max().item() for t in (mine, plain))
+            share = worst / allowed if allowed else float(worst > 0)
+            errors[name] = max(share, errors[name])
     return errors
 
 
@@ -54,36 +67,8 @@ def _parts(operation: Operation) -> list[tuple[slice, slice]]:
 
 def _cut(t: Tensor, part: tuple[slice, slice]) -> Tensor:
     sample, head = part
+    t = t.detach()
     return t[sample, :, head] if t.ndim == 4 else t[sample]
-
-
-def _check_part(
-    operation: Operation,
-    inputs: Inputs,
-    outs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    part: tuple[slice, slice],
-) -> dict[str, float]:
-    tensors, upstream = (
-        [_cut(t.detach(), part) for t in ts] for ts in (inputs.tensors, inputs.upstream)
-    )
-    mask = None if inputs.key_mask is None else inputs.key_mask[part[0]]
-    gold, eager = (
-        _evaluate(operation, tensors, upstream, mask, dtype)
-        for dtype in (torch.float64, tensors[0].dtype)
-    )
-    ours = [_cut(t.detach(), part) for t in (*outs, *grads)]
-    shares = {}
-    for i, (name, mine) in enumerate(zip(_names(operation), ours, strict=True)):
-        ratio = FORWARD if i < len(outs) else GRADIENT
-        assert_within_rule(name, mine, gold[i], [eager[i]], ratio)
-        worst, allowed = ((t.double() - gold[i]).abs().max().item() for t in (mine, eager[i]))
-        shares[name] = worst / allowed if allowed else float(worst > 0)
-    return shares
-
-
-def _names(operation: Operation) -> tuple[str, ...]:
-    return (*operation.outputs, *(f"d{name}" for name in operation.inputs_of_gradients))
 
 
 def _evaluate(
@@ -129,12 +114,12 @@ def _rowwise(
     if y is not None and gate is not None:
         x = x + gate[:, None] * y
         yield x
-    if "normed" in operation.outputs:
+    if "normed" in OUTPUTS[operation.op]:
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         if scale is not None and shift is not None:
             normed = normed * (1 + scale[:, None]) + shift[:, None]
         yield normed
-    if "means" in operation.outputs:
+    if "means" in OUTPUTS[operation.op]:
         slots, present = _slots(operation.windows, x.device)
         members = torch.where(present[..., None], x[:, slots], 0)
         yield members.sum(2) / present.sum(1)[:, None].to(x.dtype)

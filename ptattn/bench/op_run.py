@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from . import clocks, op_baselines, op_gate
-from .clocks import Run, Timing
-from .harness import Bench, first_line
-from .op_baselines import Call
-from .op_workloads import TASKS, Inputs, Operation
+from . import baselines, clocks, op_gate
+from .baselines import KERNELS, by_kernel
+from .clocks import Run
+from .harness import Bench, Found, Workload, first_line, first_that_run, timed
+from .op_workloads import DTYPE, RESIDUAL, ROWWISE, TASKS, WINDOWED, Inputs, Operation
 from .results import EAGER, GPU_ALONE, REFUSED, Row
 
 OURS, OTHERS = "ptattn", "torch"
@@ -26,11 +29,18 @@ COMPILED = tuple(
 )
 
 
+# FlexAttention looks at every pair of tokens to make its block mask.
+MOST_FLEX_TOKENS = 2**14
+
+Call = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
-class OperationWorkload:
+class OperationWorkload(Workload):
     """An operation as the harness takes it."""
 
     operation: Operation
+    compiled: bool = False  # a baseline by torch.compile, too
 
     def __str__(self) -> str:
         return str(self.operation)
@@ -39,81 +49,68 @@ class OperationWorkload:
     def memory(self) -> int:
         return self.operation.memory
 
+    @property
+    def compiling(self) -> int:
+        return int(self.compiled and str(self) in COMPILED)
+
     def blank(self, status: str, note: str = "") -> list[Row]:
         return [self._row(task, OURS, status=status, note=note) for task in TASKS]
 
     def measure(self, bench: Bench) -> list[Row]:
         inputs = self.operation.inputs(bench.device)
         errors = op_gate.check(self.operation, inputs, bench.backend)
-        calls, refused = self._implementations(inputs, bench)
-        mode = GPU_ALONE if bench.device == "cuda" else EAGER
-        found = []
+        clock = clocks.gpu_clock() if bench.device == "cuda" else bench.clock
+        rows = []
         for task in TASKS:
-            times, refused_now = _times(calls, inputs, task, bench)
-            worst = max(e for k, e in errors.items() if k.startswith("d") == (task != "forward"))
-            floor = None if bench.rates is None else self.operation.floor(task, bench.rates)
-            known = dict(mode=mode, floor=floor)
-            for name, timing in times.items():
-                error = worst if name == OURS else None
-                found.append(self._row(task, name, timing=timing, error=error, **known))
-            for name, why in (refused | refused_now).items():
-                found.append(self._row(task, name, status=REFUSED, note=why, mode=mode))
-        return found
+            found = list(self._checked(task, inputs, bench))
+            ours, _ = found[0]
+            ours.error = max(
+                e for k, e in errors.items() if k.startswith("d") == (task != "forward")
+            )
+            with torch.set_grad_enabled(task == "backward"):
+                rows += timed(found, clock, bench, peaked=())
+        return rows
 
     def _row(self, task: str, name: str, **fields: object) -> Row:
         model, baseline = (OURS, False) if name == OURS else (OTHERS, True)
         known = dict(tokens=self.operation.tokens, facts=self.operation.facts(task))
         return Row(str(self), task, name, model, baseline, **known, **fields)  # type: ignore[arg-type]
 
-    def _implementations(
-        self, inputs: Inputs, bench: Bench
-    ) -> tuple[dict[str, Call], dict[str, str]]:
-        """Ours, and the baselines whose forward runs and computes the same."""
+    def _checked(self, task: str, inputs: Inputs, bench: Bench) -> Iterator[Found]:
+        """Ours, and the baselines that run and compute the same, or refuse."""
         operation, backend = self.operation, bench.backend
-        calls: dict[str, Call] = {
-            OURS: lambda tensors: operation.call(backend, tensors, inputs.key_mask)
-        }
-        refused: dict[str, str] = {}
-        left = bench.deadline - time.monotonic()
-        compiled = bench.compiled and left > COMPILE_RESERVE and str(self) in COMPILED
-        offered = op_baselines.baselines_of(
-            operation, inputs.key_mask, backend=backend, compiled=compiled
+        known = dict(
+            mode=GPU_ALONE if bench.device == "cuda" else EAGER,
+            floor=None if bench.rates is None else operation.floor(task, bench.rates),
         )
-        with torch.no_grad():
-            ours = calls[OURS](inputs.tensors)
-            for makers in offered:
-                for name, make in makers.items():
-                    try:
-                        call = make()
-                        op_gate.check_baseline(ours, call(inputs.tensors))
-                        calls[name] = call
-                    except Exception as error:  # refusals have many types
-                        refused[name] = first_line(error)
-                if len(calls) > 1:
-                    break
-        return calls, refused
+        ours: tuple[Tensor, ...] = ()
+        grads: tuple[Tensor, ...] = ()
 
+        def checked(call: Call) -> Run:
+            """How to run it, once its outputs, and gradients where it is their time, are ours."""
+            nonlocal ours, grads
+            with torch.no_grad():
+                outs = call(inputs.tensors)
+            run = bind(call, inputs, task)
+            found = run() if task == "backward" else ()
+            ours, grads = ours or outs, grads or found
+            op_gate.check_baseline((*ours, *grads), (*outs, *found))
+            return run
 
-def _times(
-    calls: dict[str, Call], inputs: Inputs, task: str, bench: Bench
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    runs: dict[str, Run] = {}
-    refused: dict[str, str] = {}
-    ours: Iterable[Tensor] = ()
-    for name, call in calls.items():
-        try:
-            runs[name] = step = bind(call, inputs, task)
-            if task == "backward":
-                grads = step()
-                ours = grads if name == OURS else ours
-                op_gate.check_baseline(ours, grads)
-        except Exception as error:
-            if name == OURS:
-                raise
-            runs.pop(name, None)
-            refused[name] = first_line(error)
-    with torch.set_grad_enabled(task == "backward"):
-        return clocks.measure(bench.clock, runs, bench.seconds, bench.calls), refused
+        def attempt(name: str, make: Callable[[], Call]) -> Iterator[Found]:
+            row = self._row(task, name, **known)
+            try:
+                yield row, checked(make())
+            except Exception as error:  # refusals have many types
+                refusal = dict(status=REFUSED, note=first_line(error), floor=None)
+                yield dataclasses.replace(row, **refusal), None  # type: ignore[arg-type]
+
+        left = bench.deadline - time.monotonic()
+        compiled = bool(self.compiling) and left > COMPILE_RESERVE
+        own = checked(lambda tensors: operation.call(backend, tensors, inputs.key_mask))
+        yield self._row(task, OURS, **known), own
+        offered = baselines_of(operation, inputs, backend=backend, compiled=compiled)
+        yield from first_that_run(offered, attempt)
 
 
 def bind(call: Call, inputs: Inputs, task: str) -> Run:
@@ -122,3 +119,82 @@ def bind(call: Call, inputs: Inputs, task: str) -> Run:
         return lambda: call(inputs.tensors)
     outs = call(inputs.tensors)
     return lambda: torch.autograd.grad(outs, inputs.tensors, inputs.upstream, retain_graph=True)
+
+
+# The baselines: torch's own, with the copies that they need.
+
+
+def baselines_of(
+    operation: Operation, inputs: Inputs, *, backend: str, compiled: bool
+) -> Iterator[dict[str, Callable[[], Call]]]:
+    """Makers of the baselines by name; those of a later dict are tried if no earlier one runs.
+
+    One may refuse when it is made, or when it is called. `compiled` adds those that take
+    torch.compile's time. What `backend` itself does is no baseline of it.
+    """
+
+    def by_torch(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """ptattn's own portable backend; windows as slabs of equal ones, so without a mask."""
+        return operation.call("sdpa", tensors, inputs.key_mask)
+
+    if operation.op in ROWWISE:
+        found: dict[str, Callable[[], Call]] = {}
+        if operation.op in RESIDUAL:  # one operation of torch after the other
+            found["eager"] = lambda: (
+                lambda tensors: tuple(op_gate.formula(operation, tensors, None))
+            )
+        if backend != "sdpa":
+            found["torch"] = lambda: by_torch
+        if compiled:
+            found["torch.compile"] = lambda: _compiled(by_torch)
+        yield found
+        return
+    windowed, device = operation.op in WINDOWED, inputs.tensors[0].device
+    for kinds in KERNELS:
+        found = {}
+        for name, kind in kinds.items():
+            if backend != "sdpa":
+                found[f"sdpa {name}"] = partial(by_kernel, kind, by_torch)
+            if windowed and (operation.op == "shifted" or backend == "sdpa"):
+                found[f"roll-mask {name}"] = partial(_roll_mask, operation, device, kind)
+        if kinds is KERNELS[0] and compiled and windowed and backend != "sdpa":
+            found["flex"] = lambda: _flex(operation)
+        yield found
+
+
+def _roll_mask(operation: Operation, device: torch.device, kind: SDPBackend) -> Call:
+    windows, mask = operation.windows, None
+    if operation.op == "shifted":
+        mask = baselines.region_mask(windows, DTYPE).to(device)
+    attend = by_kernel(kind, baselines.roll_mask_attention)
+    return lambda tensors: (attend(*tensors, windows, mask),)
+
+
+def _flex(operation: Operation) -> Call:
+    """On the tokens in raster order: a block mask says which blocks of them share windows."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n = operation.queries
+    if n > MOST_FLEX_TOKENS:
+        raise ValueError(f"its block mask of {n} tokens would look at {n**2:.0e} pairs")
+    ids = operation.windows.window_ids("cuda")
+
+    def same_window(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ids[query] == ids[key]
+
+    mask = create_block_mask(same_window, None, None, n, n, device="cuda")
+    compiled = _compiled(flex_attention)
+
+    def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        q, k, v = (t.transpose(1, 2) for t in tensors)
+        return (compiled(q, k, v, block_mask=mask).transpose(1, 2),)
+
+    return call
+
+
+def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled backward may overwrite what the forward saved; timing runs it again and again."""
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(call, dynamic=False)

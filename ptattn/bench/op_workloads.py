@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,12 +31,19 @@ RESIDUAL = ("norm", "norm-pool")
 ROWWISE = (*RESIDUAL, "pool", "mean")
 OPS = (*ATTENTION, *ROWWISE)
 OUTPUTS = {
+    **dict.fromkeys(ATTENTION, ("out",)),
     "norm": ("total", "normed"),
     "norm-pool": ("total", "normed", "means"),
     "pool": ("normed", "means"),
     "mean": ("means",),
 }
-INPUTS = {"norm": ("x", "y", "gate", "shift", "scale"), "norm-pool": ("x", "y", "gate")}
+INPUTS = {
+    **dict.fromkeys(ATTENTION, ("q", "k", "v")),
+    "norm": ("x", "y", "gate", "shift", "scale"),
+    "norm-pool": ("x", "y", "gate"),
+    "pool": ("x",),
+    "mean": ("x",),
+}
 # Tensors of (B, N, C), then of (B, M, C), that must be read or written, each once; q and out, k and
 # v where nothing else is said, in the backward q, g and dq, k, v, dk and dv.
 ROWS = {
@@ -112,14 +119,6 @@ class Operation:
         return self.batch * self.windows.num_tokens
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        return OUTPUTS.get(self.op, ("out",))
-
-    @property
-    def inputs_of_gradients(self) -> tuple[str, ...]:
-        return INPUTS.get(self.op, ("x",) if self.op in ROWWISE else ("q", "k", "v"))
-
-    @property
     def queries(self) -> int:
         """Queries of a sample; tokens of the means."""
         return self.windows.num_windows if self.op == "proxy" else self.windows.num_tokens
@@ -155,20 +154,10 @@ class Operation:
 
     def facts(self, task: str) -> dict[str, Any]:
         """What a result file says of it."""
-        return {
-            "op": self.op,
-            "model": self.model,
-            "grid": list(self.grid),
-            "window": list(self.window),
-            "shift": list(self.windows.shift),
-            "batch": self.batch,
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "queries": self.queries,
-            "keys": self.keys,
-            "bytes": self.bytes(task),
-            "flops": self.flops(task),
-        }
+        known = {k: v for k, v in vars(self).items() if k not in ("size", "windows")}
+        more = dict(queries=self.queries, keys=self.keys)
+        more |= dict(bytes=self.bytes(task), flops=self.flops(task))
+        return known | dict(shift=list(self.windows.shift)) | more
 
     @property
     def memory(self) -> int:
@@ -188,19 +177,19 @@ class Operation:
             return torch.randn(shape, device=device, dtype=DTYPE)
 
         if self.op in ROWWISE:
-            vectors = {"norm": 3, "norm-pool": 1}.get(self.op, 0)
-            streams = (draw(b, n, self.channels) for _ in range(2 if vectors else 1))
-            tensors = (*streams, *(draw(b, self.channels) for _ in range(vectors)))
-            rows = {"means": m}
-            upstream = tuple(draw(b, rows.get(name, n), self.channels) for name in self.outputs)
+            rows: dict[str, tuple[int, ...]] = {"x": (n,), "y": (n,), "means": (m,)}
+            rows |= {"total": (n,), "normed": (n,)}  # the others have one for each sample
+            tensors = [draw(b, *rows.get(name, ()), self.channels) for name in INPUTS[self.op]]
+            upstream = [draw(b, *rows[name], self.channels) for name in OUTPUTS[self.op]]
         else:
             if self.op in ("cross", "text"):
-                tensors = (draw(b, n, *heads), *draw(b, m, 2, *heads).unbind(2))
+                tensors = [draw(b, n, *heads), *draw(b, m, 2, *heads).unbind(2)]
             else:
-                tensors = draw(b, n, 3, *heads).unbind(2)
-            upstream = (draw(b, n, *heads),)
+                tensors = list(draw(b, n, 3, *heads).unbind(2))
+            upstream = [draw(b, n, *heads)]
         leaves = tuple(t.detach().requires_grad_() for t in tensors)
-        return Inputs(leaves, upstream, self._key_mask(device) if self.op == "text" else None)
+        mask = self._key_mask(device) if self.op == "text" else None
+        return Inputs(leaves, tuple(upstream), mask)
 
     def _key_mask(self, device: str) -> Tensor:
         """Captions of different lengths."""
@@ -211,26 +200,18 @@ class Operation:
         self, backend: str, tensors: tuple[Tensor, ...], key_mask: Tensor | None
     ) -> tuple[Tensor, ...]:
         """The outputs by one of ptattn's backends."""
-        function, geometry = self._function()
-        if self.op in DENSE:
-            return (function(*tensors, key_mask=key_mask, backend=backend),)
-        out = function(*tensors, *geometry, backend=backend)
-        return out if isinstance(out, tuple) else (out,)
-
-    def _function(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The operation, and what it takes beyond tensors."""
         geometry = self.grid, self.window
-        if self.op in DENSE:
-            return ops.attention, ()
-        if self.op in WINDOWED:
-            return ops.window_attention, (*geometry, self.windows.shift)
-        rowwise: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        known: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
             "mean": (ops.window_mean, geometry),
             "pool": (ops.layer_norm_window_mean, geometry),
             "norm": (ops.residual_layer_norm, ()),
             "norm-pool": (ops.residual_layer_norm_window_mean, geometry),
         }
-        return rowwise[self.op]
+        known |= dict.fromkeys(DENSE, (partial(ops.attention, key_mask=key_mask), ()))
+        known |= dict.fromkeys(WINDOWED, (ops.window_attention, (*geometry, self.windows.shift)))
+        function, more = known[self.op]
+        out = function(*tensors, *more, backend=backend)
+        return out if isinstance(out, tuple) else (out,)
 
 
 def _model(name: str) -> tuple[int, int]:
@@ -239,16 +220,9 @@ def _model(name: str) -> tuple[int, int]:
     return config.num_heads, config.dim // config.num_heads
 
 
-def operations(quick: bool = False) -> list[Operation]:
+def operations() -> list[Operation]:
     """The most important first."""
-    found = list(_quick() if quick else _all())
-    return list(dict.fromkeys(found))
-
-
-def _quick() -> Iterator[Operation]:
-    for size, op in itertools.product(("1024 px", "512 px"), OPS):
-        yield _operation(op, "XL", size, 1)
-    yield _operation("window", "XL", "2048 px", 1)
+    return list(dict.fromkeys(_all()))
 
 
 def _all() -> Iterator[Operation]:

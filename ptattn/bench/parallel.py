@@ -6,23 +6,21 @@ given; times are predicted by the block floor's model and published rates of lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-import torch.nn.functional as F
 
 from .. import communication, flops
 from ..communication import Traffic
-from ..models import PTDiT, create_model, find_model
+from ..models import PTDiT, find_model
 from ..parallel import Share, find_cut, split_tokens
-from . import floor
-from .clocks import Timing
+from . import floor, memory
 from .floor import FORWARD
-from .memory import DTYPE, LiveBytes
-from .predict import DEVICES, FULL_ATTENTION, PADDED, Device
+from .harness import Bench, Workload
+from .memory import DTYPE
+from .predict import DEVICES, predicted
 from .results import PREDICTED, REFUSED, Row
-from .workloads import TEXT_TOKENS, Entry, Size, plan
+from .workloads import TEXT_TOKENS, Size, plan
 
 KIND = "parallel"
 # The model that each scheme splits, ours first.
@@ -51,61 +49,69 @@ NOTES = (
 )
 
 
-def rows(sizes: Sequence[Size], ranks: Sequence[int]) -> Iterator[list[Row]]:
-    """Of one size and number of GPUs after the other: a row per scheme."""
-    for size in sizes:
-        entries = {entry.model: entry for entry in plan(sorted(set(MODELS.values())), [size])}
-        whole = _peak_of_whole(MODELS["ring"], size)
-        for number in ranks:
-            ours, *others = (_row(entries[model], size, number, name, whole)
-                             for name, model in MODELS.items())  # fmt: skip
-            for other in others:
-                if ours.timing and other.timing:
-                    ours.facts[f"of {other.name}"] = ours.facts["sent"] / other.facts["sent"]
-            yield [ours, *others]
+@dataclass(frozen=True)
+class Split(Workload):
+    """A size over a number of GPUs: a row per scheme."""
+
+    size: Size
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.ranks} GPUs"
+
+    def measure(self, bench: Bench) -> list[Row]:
+        ours, *others = rows = self.blank(PREDICTED)
+        for row, (scheme, model) in zip(rows, MODELS.items(), strict=True):
+            try:
+                _fill(row, model, self.size, self.ranks, scheme)
+            except ValueError as error:
+                row.status, row.note = REFUSED, str(error)
+        for other in others:
+            if ours.timing and other.timing:
+                ours.facts[f"of {other.name}"] = ours.facts["sent"] / other.facts["sent"]
+        return rows
+
+    def blank(self, status: str, note: str = "") -> list[Row]:
+        entries = {entry.model: entry for entry in plan(sorted(set(MODELS.values())), [self.size])}
+        known: dict[str, Any] = dict(kind=KIND, frames=self.size.frames, side=self.size.side)
+        return [
+            Row(
+                str(self), FORWARD, scheme, entries[model].name, scheme != "windows", status=status,
+                note=note, tokens=entries[model].tokens, facts=known | {"ranks": self.ranks},
+            )
+            for scheme, model in MODELS.items()
+        ]  # fmt: skip
 
 
-def _row(entry: Entry, size: Size, ranks: int, scheme: str, whole: tuple[int, int]) -> Row:
-    family, config = find_model(entry.model)
-    grid = flops.token_grid(config, size.side, size.frames)
-    facts: dict[str, Any] = dict(kind=KIND, frames=size.frames, side=size.side, ranks=ranks)
-    row = Row(
-        f"{size}, {ranks} GPUs", FORWARD, scheme, entry.name, scheme != "windows",
-        status=PREDICTED, tokens=grid[0] * grid[1] * grid[2], facts=facts,
-    )  # fmt: skip
+def _fill(row: Row, model: str, size: Size, ranks: int, scheme: str) -> None:
+    """Raises ValueError for what cannot be split so."""
+    family, config = find_model(model)
     if scheme == "ulysses" and config.num_heads % ranks:
-        row.status, row.note = REFUSED, f"{config.num_heads} heads, which the ranks must divide"
-        return row
-    try:
-        sent = communication.of_model(entry.model, grid, ranks, scheme)
-    except ValueError as error:
-        row.status, row.note = REFUSED, str(error)
-        return row
+        raise ValueError(f"{config.num_heads} heads, which the ranks must divide")
+    grid = flops.token_grid(config, size.side, size.frames)
+    sent = communication.of_model(model, grid, ranks, scheme)
     width = config.dim * DTYPE.itemsize
     busiest = sent.most() * width
-    facts |= dict(sent=sent.mean() * width, busiest=busiest)
+    row.facts |= dict(sent=sent.mean() * width, busiest=busiest)
     for link, (rate, latency) in LINKS.items():
-        facts[link] = busiest / (SHARE * rate) + sent.messages * latency
-    seconds = _block(entry.model, size, ranks, sent, DEVICE)
-    row.timing = Timing(seconds, seconds, seconds, seconds, 0)
+        row.facts[link] = busiest / (SHARE * rate) + sent.messages * latency
+    row.timing = predicted(_block(model, size, ranks, sent))
     if family is PTDiT:
         proxies, windows = config.window_grids(grid)
         cut = find_cut(windows, proxies, ranks)
-        facts["parts"] = cut.parts
+        row.facts["parts"] = cut.parts
         tokens = [Share.of(windows, cut, r, "").shifted().num_tokens for r in range(ranks)]
-        row.peak = _peak(entry.model, size, ranks, rank=tokens.index(max(tokens)))
+        row.peak = _peak(model, size, ranks, rank=tokens.index(max(tokens)))
     else:
-        fixed, activations = whole
+        fixed, activations = _peak_of_whole(model, size)
         row.peak = fixed + activations // ranks
-    return row
 
 
-def _block(model: str, size: Size, ranks: int, sent: Traffic, device: Device) -> float:
+def _block(model: str, size: Size, ranks: int, sent: Traffic) -> float:
     """Seconds of the rank that computes most."""
     family, config = find_model(model)
-    rates, head_dim = device.rates, config.dim // config.num_heads
-    full = FULL_ATTENTION * head_dim / PADDED[head_dim]
-    seconds = floor.work(model, size, FORWARD).seconds(rates, full)
+    rates = DEVICE.rates
+    seconds = DEVICE.seconds(floor.work(model, size, FORWARD), config)
     if family is not PTDiT:
         return seconds / ranks
     parts = flops.count(model, size.side, size.frames, text_tokens=TEXT_TOKENS).parts
@@ -121,32 +127,14 @@ def _block(model: str, size: Size, ranks: int, sent: Traffic, device: Device) ->
 def _peak(model: str, size: Size, ranks: int, rank: int) -> int:
     """Bytes of one rank."""
     with communication.pretended(ranks, rank) as mesh:
-        return sum(_lives(model, size, mesh))
+        split = functools.partial(split_tokens, mesh=mesh)
+        weights, live = memory.predict(model, size, "inputs", split)
+    return weights * DTYPE.itemsize + live
 
 
+@functools.cache
 def _peak_of_whole(model: str, size: Size) -> tuple[int, int]:
     """Bytes of weights and gradients, and of activations."""
-    weights, live = _lives(model, size, None)
+    parameters, live = memory.predict(model, size, "inputs")
+    weights = parameters * DTYPE.itemsize
     return 2 * weights, live - weights
-
-
-def _lives(name: str, size: Size, mesh: Any) -> tuple[int, int]:
-    """Bytes of the weights, and the most of gradients and activations, in a training step."""
-    _, config = find_model(name)
-    side = size.side // flops.VAE_FACTOR
-    with torch.device("meta"):
-        model: Any = create_model(name, backend="triton").to(DTYPE)
-        latents = torch.zeros(1, 4, size.frames, side, side, dtype=DTYPE)
-        condition: dict[str, Any] = {"labels": torch.zeros(1, dtype=torch.int64)}
-        if config.num_classes is None:
-            text = torch.zeros(1, TEXT_TOKENS, config.caption_channels or 0, dtype=DTYPE)
-            condition = {"caption": text}
-        timestep = torch.zeros(1)
-    model.blocks.checkpoint()
-    if mesh is not None:
-        split_tokens(model, mesh)
-    weights = list(model.parameters())
-    with LiveBytes(weights) as live:
-        out = model(latents, timestep, **condition)[:, : latents.shape[1]]
-        F.mse_loss(out, torch.zeros_like(latents)).backward()
-    return sum(p.nbytes for p in weights), live.peak

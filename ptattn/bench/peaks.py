@@ -18,21 +18,16 @@ def added(run: Callable[[], Any], device: str) -> tuple[int | None, float]:
     and its seconds."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        seconds = _timed(run)
-        return torch.cuda.max_memory_allocated() - before, seconds
-    _trim()
-    reset()
-    held = _process_peak()
-    seconds = _timed(run)
-    peak = _process_peak()
-    return None if held is None or peak is None else peak - held, seconds
-
-
-def _timed(run: Callable[[], Any]) -> float:
+        before: int | None = torch.cuda.memory_allocated()
+    else:
+        _trim()
+        reset()
+        before = _process_peak()
     begin = time.perf_counter()
     run()
-    return time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _process_peak()
+    return None if before is None or peak is None else peak - before, seconds
 
 
 def _trim() -> None:

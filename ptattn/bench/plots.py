@@ -23,6 +23,7 @@ from .workloads import TEXT_TOKENS
 CANDIDATES = ("#1266a8", "#5bb0e8", "#0b3c5d")
 BASELINES = ("#c8323c", "#e8920c", "#6a3d9a", "#555555", "#8c564b")
 DASHES: dict[str, Any] = dict(linestyle=(0, (4, 2)), linewidth=1.6)
+LEGEND: dict[str, Any] = dict(fontsize=11, edgecolor="none")
 SIZE = 17, 6.25  # inches of three panels
 PANELS = 3
 
@@ -62,28 +63,23 @@ def times(result: Result) -> bytes | None:
     eager mode.
     """
     images = [row for row in result.rows if _is_image(row)]
-    panels = {}
+    colors, panels = _colors(images), {}
     for title, models in _panels(images).items():
-        lines = {model: _points(images, model) for model in models}
-        lines = {model: line for model, line in lines.items() if len(line) > 1}
-        if len(lines) > 1 and not all(_colors(images)[model] in BASELINES for model in lines):
+        lines = {model: line for model in models if len(line := _points(images, model)) > 1}
+        if len(lines) > 1 and not all(colors[model] in BASELINES for model in lines):
             panels[title] = lines
     panels = dict(list(panels.items())[:PANELS])
     if not panels:
         return None
-    figure = _figure(len(panels), _title(result))
-    colors = _colors(images)
-    for axes, (title, lines) in zip(_axes(figure, len(panels)), panels.items(), strict=True):
+    figure, all_axes = _figure(len(panels), _title(result))
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
         styles: list[Line2D] = []
         for model, line in lines.items():
             _line(axes, line, colors[model], label=model)
             eager = _points(images, model, EAGER)
             if eager != line:
                 _line(axes, eager, colors[model], marker="", **DASHES)
-                styles = [
-                    Line2D([], [], color="0.35", linewidth=2.2, label="CUDA graph"),
-                    Line2D([], [], color="0.35", label="eager", **DASHES),
-                ]
+                styles = _styles("CUDA graph", "eager")
         for ours, theirs in _pairs(lines, colors):
             for tokens, seconds in _crossings(lines[ours], lines[theirs]):
                 text = f"{ours} = {theirs}: ≈ {float(f'{tokens:.2g}'):,.0f} tokens"
@@ -97,9 +93,8 @@ def multiply_adds(result: Result) -> bytes | None:
     rows = [row for row in result.rows if _is_image(row) and row.mode == EAGER]
     if not rows:
         return None
-    figure = _figure(1, "Multiply-adds of one forward pass")
-    (axes,), colors = _axes(figure, 1), _colors(rows)
-    lines = {}
+    figure, (axes,) = _figure(1, "Multiply-adds of one forward pass")
+    lines, colors = {}, _colors(rows)
     for model, color in colors.items():
         own = [row for row in rows if row.model == model]
         lines[model] = [(row.tokens, row.facts["macs"] / 1e9) for row in own]
@@ -117,10 +112,7 @@ def multiply_adds(result: Result) -> bytes | None:
             side = math.isqrt(tokens) * one.facts["side"] // math.isqrt(one.tokens)
             macs = flops.count(names[1], side, text_tokens=TEXT_TOKENS).total / 1e9
             _mark(axes, tokens, macs, f"{ours} = {theirs}: {tokens:,} tokens", colors[theirs])
-    styles = [
-        Line2D([], [], color="0.35", linewidth=2.2, label="counted in full"),
-        Line2D([], [], color="0.35", label="as in the paper", **DASHES),
-    ]
+    styles = _styles("counted in full", "as in the paper")
     _finish(axes, "", lines, "GMACs (10⁹ multiply-adds)", styles)
     return _png(figure)
 
@@ -136,8 +128,7 @@ def speed(result: Result) -> bytes | None:
     operations = [r for r in operations if "op" in r.facts and r.share]
     if not blocks or not operations:
         return None
-    figure = _figure(2, f"{result.where}, {result.settings['dtype']}, batch 1")
-    left, right = _axes(figure, 2)
+    figure, (left, right) = _figure(2, f"{result.where}, {result.settings['dtype']}, batch 1")
     _speeds(left, sorted(blocks, key=lambda row: (row.facts["frames"], row.tokens)))
     _shares(right, operations)
     return _png(figure)
@@ -157,10 +148,9 @@ def _speeds(axes: Any, rows: Sequence[Row]) -> None:
         if points:
             _line(axes, points, color, label=f"{model}, {mode}", **styles[mode])
     axes.axhline(1, color="0.35", linewidth=1)
-    axes.set_title("One block, forward: times as fast as", loc="left", fontsize=13)
-    _scale(axes, "", "")
+    _scale(axes, "One block, forward: times as fast as", "", "")
     axes.set_xticks(range(len(names)), names)
-    axes.legend(fontsize=11, edgecolor="none", loc="upper left")
+    axes.legend(**LEGEND, loc="upper left")
 
 
 def _shares(axes: Any, rows: Sequence[Row]) -> None:
@@ -175,7 +165,7 @@ def _shares(axes: Any, rows: Sequence[Row]) -> None:
     axes.grid(True, axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, edgecolor="none", loc="lower right")
+    axes.legend(**LEGEND, loc="lower right")
 
 
 def _operation(row: Row) -> str:
@@ -265,19 +255,16 @@ def peaks(result: Result) -> bytes | None:
     models = list(dict.fromkeys(row.model for row in result.rows))
     if not models:
         return None
-    figure = Figure(figsize=(3 + 5 * len(models), SIZE[1]), dpi=130, layout="constrained")
     title = f"Peak of training on one sample at {memory.SIDE} px, {result.where}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    figure, panels = _figure(len(models), title, width=3 + 5 * len(models), sharey=True)
     for axes, model in zip(panels, models, strict=True):
-        _peaks(axes, [row for row in result.rows if row.model == model and row.peak])
-        axes.set_title(model, loc="left", fontsize=13)
+        _peaks(axes, model, [row for row in result.rows if row.model == model and row.peak])
     known = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize=11)
     return _png(figure)
 
 
-def _peaks(axes: Any, rows: Sequence[Row]) -> None:
+def _peaks(axes: Any, model: str, rows: Sequence[Row]) -> None:
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.status == PREDICTED:
@@ -294,7 +281,7 @@ def _peaks(axes: Any, rows: Sequence[Row]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), "o", label=label, color=color)
     axes.set_xticks(sorted({row.facts["frames"] for row in rows}))
-    _scale(axes, "latent frames", "GB")
+    _scale(axes, model, "latent frames", "GB")
 
 
 # Several GPUs.
@@ -306,31 +293,29 @@ def traffic(result: Result) -> bytes | None:
     sizes = list(dict.fromkeys(row.size for row in rows))
     if not sizes:
         return None
-    figure = _figure(len(sizes), "Sent by a GPU in one block's forward, mean, PREDICTED")
+    figure, panels = _figure(len(sizes), "Sent by a GPU in one block's forward, mean, PREDICTED")
     colors = dict(zip(parallel.MODELS, (CANDIDATES[0], *BASELINES), strict=False))
-    for axes, size in zip(_axes(figure, len(sizes)), sizes, strict=True):
+    for axes, size in zip(panels, sizes, strict=True):
         own = [row for row in rows if row.size == size]
         for name, color in colors.items():
             line = [(r.facts["ranks"], r.facts["sent"] / 1e6) for r in own if r.name == name]
             models = {row.model for row in own if row.name == name}
             _line(axes, line, color, label=f"{', '.join(models)}, {name}")
-        axes.set_title(size, loc="left", fontsize=13)
-        axes.set_xscale("log", base=2)
-        ranks = sorted({row.facts["ranks"] for row in own})
-        axes.set_xticks(ranks, list(map(str, ranks)))
-        _scale(axes, "GPUs", "MB")
-        axes.legend(fontsize=11, edgecolor="none")
+        _ticks(axes, {row.facts["ranks"] for row in own}, str)
+        _scale(axes, size, "GPUs", "MB")
+        axes.legend(**LEGEND)
     return _png(figure)
 
 
 # Figures.
 
 
-def _figure(panels: int, title: str) -> Figure:
-    size = (SIZE[0] * panels / 3 + 2 if panels > 1 else 10, SIZE[1])
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+def _figure(panels: int, title: str, width: float | None = None, **options: Any) -> Any:
+    """A figure and its panels."""
+    width = width or (SIZE[0] * panels / 3 + 2 if panels > 1 else 10)
+    figure = Figure(figsize=(width, SIZE[1]), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
-    return figure
+    return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
 def _title(result: Result) -> str:
@@ -340,8 +325,12 @@ def _title(result: Result) -> str:
     return f"One forward pass, {where}, {dtype}{kind}"
 
 
-def _axes(figure: Figure, panels: int) -> Any:
-    return figure.subplots(1, panels, squeeze=False)[0]
+def _styles(solid: str, dashed: str) -> list[Line2D]:
+    """For the legend."""
+    return [
+        Line2D([], [], color="0.35", linewidth=2.2, label=solid),
+        Line2D([], [], color="0.35", label=dashed, **DASHES),
+    ]
 
 
 def _line(axes: Any, points: Points, color: str, **style: Any) -> None:
@@ -358,17 +347,20 @@ def _mark(axes: Any, tokens: float, value: float, text: str, color: str) -> None
 def _finish(
     axes: Any, title: str, lines: dict[str, Points], unit: str, more: Sequence[Line2D] = ()
 ) -> None:
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
-    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    _ticks(axes, {tokens for line in lines.values() for tokens, _ in line}, "{:,}".format)
     axes.xaxis.set_minor_locator(NullLocator())
-    _scale(axes, "tokens", unit)
+    _scale(axes, title, "tokens", unit)
     handles, _ = axes.get_legend_handles_labels()
-    axes.legend(handles=[*handles, *more], fontsize=11, edgecolor="none", loc="best")
+    axes.legend(handles=[*handles, *more], **LEGEND, loc="best")
 
 
-def _scale(axes: Any, x: str, y: str) -> None:
+def _ticks(axes: Any, values: set[int], show: Callable[[int], str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(values), list(map(show, sorted(values))))
+
+
+def _scale(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=13)
     axes.set_xlabel(x, fontsize=12)
     axes.set_ylabel(y, fontsize=12)
     axes.set_yscale("log")

@@ -7,13 +7,13 @@ kernel's best, and torch's own kernels are slower at their head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..models import get_config
-from . import floor
+from ..models import ModelConfig
 from .clocks import Rates, Timing
-from .floor import FORWARD
+from .floor import FORWARD, Work
+from .harness import Bench, Workload
+from .implementations import FUSED, OWN
 from .model_run import ModelWorkload
 from .results import PREDICTED, Row
 
@@ -26,6 +26,10 @@ FULL_ATTENTION, PADDED = 648e12, {48: 64, 64: 64, 72: 96, 80: 96, 96: 96, 128: 1
 class Device:
     name: str
     rates: Rates
+
+    def seconds(self, work: Work, config: ModelConfig) -> float:
+        head_dim = config.dim // config.num_heads
+        return work.seconds(self.rates, FULL_ATTENTION * head_dim / PADDED[head_dim])
 
 
 DEVICES = {"h200": Device("NVIDIA H200", Rates(copy=4.3e12, products=790e12, launch=0.0))}
@@ -53,28 +57,32 @@ def notes(device: Device) -> list[str]:
     ]
 
 
-def rows(workloads: Iterable[ModelWorkload], device: Device) -> list[Row]:
-    """A row per model, and one for the fused PT-DiT in a whole model's forward."""
-    found = []
-    for workload in workloads:
-        for entry in workload.entries:
-            found.append(_row(workload, entry.model, device, fused=False))
-            whole = workload.kind == "model" and workload.task == FORWARD
-            if entry.is_proxy_tokenized and whole:
-                found.append(_row(workload, entry.model, device, fused=True))
-    return found
+@dataclass(frozen=True)
+class Prediction(Workload):
+    """Of a workload: a row per model, and one for the fused PT-DiT in a whole model's forward."""
+
+    of: ModelWorkload
+    device: Device
+
+    def __str__(self) -> str:
+        return str(self.of)
+
+    def measure(self, bench: Bench) -> list[Row]:
+        rows = []
+        for entry in self.of.entries:
+            whole = self.of.kind == "model" and self.of.task == FORWARD
+            for kind in (OWN, FUSED) if entry.is_proxy_tokenized and whole else (OWN,):
+                work = self.of.work(entry, fused=kind == FUSED)
+                timing = predicted(self.device.seconds(work, entry.config))
+                name = f"{entry.name} {kind}".rstrip()
+                known = dict(status=PREDICTED, timing=timing)
+                rows.append(self.of.row(entry, name, not entry.is_proxy_tokenized, **known))
+        return rows
+
+    def blank(self, status: str, note: str = "") -> list[Row]:
+        return self.of.blank(status, note)
 
 
-def _row(workload: ModelWorkload, model: str, device: Device, fused: bool) -> Row:
-    (entry,) = (entry for entry in workload.entries if entry.model == model)
-    config = get_config(model)
-    depth = None if workload.kind == "block" else workload.blocks(entry)
-    work = floor.work(
-        model, workload.size, workload.task, batch=workload.batch, depth=depth, fused=fused
-    )
-    head_dim = config.dim // config.num_heads
-    full = FULL_ATTENTION * head_dim / PADDED[head_dim]
-    seconds = work.seconds(device.rates, full)
-    name = f"{entry.name} fused" if fused else entry.name
-    row = workload.row(entry, name, not entry.is_proxy_tokenized, status=PREDICTED)
-    return replace(row, timing=Timing(seconds, seconds, seconds, seconds, 0))
+def predicted(seconds: float) -> Timing:
+    """A time of no call."""
+    return Timing(seconds, seconds, seconds, seconds, 0)

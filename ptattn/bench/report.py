@@ -2,49 +2,91 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from .. import files
-from ..command_line import UsageError, console
-from . import findings, plots, results, tables
+from ..command_line import UsageError, console, now, open_folder, require
+from . import findings, harness, plots, results, tables, units
+from .harness import Bench, Runner, Workload
 from .memory import KIND
-from .progress import Progress
-from .results import Result, Row
+from .results import NOT_REACHED, OK, Result, Row
 
+# Makes what is measured, and with what, once all that can be wrong has been checked.
+Prepare = Callable[[], tuple[Sequence[Workload], Bench]]
 WRITE_EVERY = 30.0  # seconds: what a run leaves behind that is killed
 
 
 def carry_out(
-    done: Result,
-    found: Iterable[list[Row]],
-    out: Path,
-    progress: Progress,
-    against: Result | None = None,
+    options: argparse.Namespace,
+    command: str,
+    known: dict[str, Any],
+    prepare: Prepare,
     notes: Sequence[str] = (),
+    run: Runner = harness.run_here,
 ) -> int:
-    """Gather the rows, write OUT/KIND.json, .md and pictures whatever ends the run, print them.
+    """Check what can be wrong, measure, write OUT/KIND.json, .md and pictures whatever ends the
+    run, and print them.
 
     Args:
-        done: a result without rows yet.
-        found: the rows as they come; Ctrl-C ends them.
-        progress: is told of them.
-        against: an earlier result that this one is compared with.
+        options: as the parser has them: `kind`, `out`, and of some `against` and `quantize`.
+        command: as it was typed.
+        known: the settings, as the result has them.
         notes: paragraphs above the table, in place of how times are measured.
+        run: measures one of the workloads.
 
     Returns:
-        The exit code: 1 if a candidate is wrong, does not run, or is slower than in `against`
-        beyond noise; 130 after Ctrl-C, which before the first time leaves all files alone.
+        The exit code: 1 if a candidate is wrong, does not run, or is slower than in the result of
+        --against beyond noise; 130 after Ctrl-C, which before the first time leaves all files
+        alone.
+
+    Raises:
+        UsageError: a result of --against that cannot be compared with, no torchao for --quantize, a
+            folder that cannot be written: nothing has been measured then.
     """
-    begin = time.monotonic()
+    if getattr(options, "quantize", None):
+        require("torchao", install="torchao")
+    done, out, against = Result(options.kind, known, {}, command, now()), options.out, None
+    if getattr(options, "against", None):
+        try:
+            against = results.load(options.against)
+        except UsageError as error:
+            raise UsageError(f"argument --against: {error}") from None
+        results.check_comparable(against, done)
+    pictures = [name for _, name, _ in plots.pictures(done.kind)]
+    open_folder(out, [f"{done.kind}.json", f"{done.kind}.md", *pictures])
+    workloads, bench = prepare()
+    if bench.rates is not None:
+        done.rates.update(dataclasses.asdict(bench.rates))
+    begin = written = time.monotonic()
+    found: dict[int, list[Row]] = {}
+
+    def gather() -> None:
+        done.rows = [row for i in sorted(found) for row in found[i]]
+
+    def keep() -> None:
+        nonlocal written
+        gather()
+        if _found(done) and time.monotonic() - written > WRITE_EVERY:
+            _write(done, out, notes)
+            written = time.monotonic()
+
     try:
-        with progress:
-            for rows in _written_now_and_then(done, found, out, notes):
-                progress.finish(rows)
+        with _Progress(len(workloads), keep) as progress:
+            harness.measure(workloads, bench, progress, found, run)
     except KeyboardInterrupt:
         done.interrupted = True
     finally:
+        gather()
         done.seconds = time.monotonic() - begin
         done.findings = findings.sentences(done)
         names = _write(done, out, notes) if _found(done) or not done.interrupted else ""
@@ -54,18 +96,6 @@ def carry_out(
     print(f"Written to {out}/ ({names}).")
     worse = 0 if against is None else _compare(against, done)
     return 130 if done.interrupted else max(worse, results.status(done.rows))
-
-
-def _written_now_and_then(
-    done: Result, found: Iterable[list[Row]], out: Path, notes: Sequence[str]
-) -> Iterator[list[Row]]:
-    written = time.monotonic()
-    for rows in found:
-        done.rows += rows
-        yield rows
-        if _found(done) and time.monotonic() - written > WRITE_EVERY:
-            _write(done, out, notes)
-            written = time.monotonic()
 
 
 def _found(done: Result) -> bool:
@@ -106,3 +136,62 @@ def _compare(old: Result, new: Result) -> int:
     if not common and not worse:
         raise UsageError("argument --against: the two results have no row in common")
     return int(bool(worse))
+
+
+# On stderr: a line per row, and on a terminal a bar with the time left.
+
+
+class _Progress:
+    """Of so many workloads, within a `with` statement; `keep` is called after each of them."""
+
+    def __init__(self, total: int, keep: Callable[[], None]) -> None:
+        self._keep = keep
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description:24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Left(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=total, until=None)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def start(self, workload: object, left: float) -> None:
+        until = time.monotonic() + left if left < math.inf else None
+        self._bar.update(self._task, description=str(workload), until=until)
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        self._bar.advance(self._task)
+        for row in rows:
+            if row.status != NOT_REACHED:
+                self._console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+        self._keep()
+
+
+def _line(row: Row) -> str:
+    place = f"{row.workload}  {row.task}  {row.name}"
+    if row.timing is None:
+        known = row.note if row.peak is None else units.memory(row.peak)
+        return f"{place}: {row.status} {known}".rstrip()
+    share = "" if row.share is None else f", {row.share:.0%} of floor"
+    mode = f"{row.mode} " if row.status == OK else f"{row.status} "
+    return f"{place}: {mode}{units.seconds(row.timing.median)}{share}"
+
+
+class _Left(ProgressColumn):
+    """Counts down the time that all workloads are expected to take."""
+
+    def render(self, task: Task) -> Text:
+        until = task.fields["until"]
+        if until is None:
+            return Text("")
+        return Text(f"about {max(0, until - time.monotonic()):.0f} s left")

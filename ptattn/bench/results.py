@@ -16,7 +16,7 @@ from . import units
 from .clocks import Timing
 from .workloads import Size
 
-SCHEMA, FIRST_SCHEMA = "ptattn.bench/2", "ptattn.bench/1"
+SCHEMA = "ptattn.bench/2"
 # What became of a row. FAILED: a wrong result; ERROR: it did not run; REFUSED: a baseline that does
 # not take this workload; PREDICTED: not measured, but computed from a model.
 OK, FAILED, ERROR, REFUSED = "ok", "FAILED", "ERROR", "refused"
@@ -134,29 +134,13 @@ def load(path: Path) -> Result:
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
     schema = fields.get("schema") if isinstance(fields, dict) else None
-    if schema == FIRST_SCHEMA:
-        fields = _of_first(fields)
-    elif schema != SCHEMA:
+    if schema != SCHEMA:
         raise UsageError(
             f"{path} must be a result of `ptattn`, schema {SCHEMA}; got schema {schema!r}"
         )
     del fields["schema"]
     fields["rows"] = [_row(row) for row in fields["rows"]]
     return Result(**fields)
-
-
-def _of_first(fields: dict[str, Any]) -> dict[str, Any]:
-    """A result of the first schema, which knew one mode: the GPU's time alone on a GPU."""
-    del fields["verdicts"]
-    mode = GPU_ALONE if fields["settings"]["device"] == "cuda" else EAGER
-    for row in fields["rows"]:
-        names = {"case": "workload", "contender": "name"}
-        row |= {names[key]: row.pop(key) for key in names} | dict(mode=mode)
-        row["baseline"] = not row.pop("ours")
-        if timing := row["timing"]:
-            del timing["host"]
-            timing["least"] = timing["low"]
-    return fields
 
 
 def _row(fields: dict[str, Any]) -> Row:
@@ -168,19 +152,12 @@ def check_comparable(old: Result, new: Result) -> None:
     """Raise UsageError unless times of the two say something about each other."""
     for what, theirs, ours in (
         ("kind", old.kind, new.kind),
-        ("device", _device(old), _device(new)),
+        ("device", old.where, new.where),
         ("dtype", old.settings["dtype"], new.settings["dtype"]),
         ("threads", old.environment["threads"], new.environment["threads"]),
     ):
         if theirs != ours:
             raise UsageError(f"argument --against: its {what} is {theirs!r}, of this run {ours!r}")
-
-
-def _device(result: Result) -> str:
-    if "predicted_for" in result.settings:
-        return str(result.settings["predicted_for"])
-    known = result.environment
-    return str(known["gpus"][0] if result.settings["device"] == "cuda" else known["cpu"])
 
 
 def regressions(old: Result, new: Result) -> tuple[list[str], int]:
@@ -216,11 +193,15 @@ def _key(row: Row) -> tuple[str, str, str, str]:
     return row.workload, row.task, row.name, row.mode
 
 
-def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each workload and task."""
-    found: dict[tuple[str, str], list[Row]] = {}
+Groups = dict[tuple[str, ...], list[Row]]
+
+
+def groups(rows: Iterable[Row], *by: str) -> Groups:
+    """The rows that are equal in `by`, by default in workload and task."""
+    found: Groups = {}
     for row in rows:
-        found.setdefault((row.workload, row.task), []).append(row)
+        key = tuple(getattr(row, name) for name in by or ("workload", "task"))
+        found.setdefault(key, []).append(row)
     return found
 
 

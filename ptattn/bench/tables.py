@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from . import memory, parallel_table, results, units
-from .columns import Column, Line, Section
+from . import memory, parallel, results, units
 from .op_run import OTHERS
-from .results import (
-    COMPILED,
-    EAGER,
-    ERROR,
-    FAILED,
-    GPU_ALONE,
-    GRAPH,
-    PREDICTED,
-    SKIPPED,
-    Result,
-    Row,
-    groups,
-)
+from .results import Groups, Result, Row, groups
 
-MODES = {EAGER: "Eager", COMPILED: "Compiled", GRAPH: "CUDA graph", GPU_ALONE: "GPU alone"}
-
-
+MODES = {
+    results.EAGER: "Eager",
+    results.COMPILED: "Compiled",
+    results.GRAPH: "CUDA graph",
+    results.GPU_ALONE: "GPU alone",
+}
 MOST_WIDE = 8  # a column of speed-ups on a narrow terminal
-
-
 TITLES = {
     "compare": "Proxy-tokenized against full attention",
     "ops": "Operations",
@@ -54,57 +43,85 @@ TIMED = (
 )
 
 
+# A line of a table: the rows of one implementation, equal in these, a row per mode.
+Line = list[Row]
+ROW = ("workload", "task", "name")
+
+
+class Column(NamedTuple):
+    title: str
+    show: Callable[[Line], str]
+    left: bool = False  # aligned
+    narrow: bool = True  # shown on a narrow terminal too
+    wide: bool = True  # and on a wide one
+
+
+class Section(NamedTuple):
+    title: str
+    lines: list[Line]
+    columns: list[Column]
+    apart: Callable[[Row], str]  # lines of which this differs stand apart
+
+
 def markdown(result: Result, notes: Sequence[str] = ()) -> str:
     took = f" in {result.seconds:.0f} s" if result.seconds >= 1 else ""
     parts = [f"# {_title(result)}", f"{result.machine}.\nMade by `{result.command}`{took}."]
     parts += notes or ([ceilings(result), TIMED] if result.rates else [])
     for section in _sections(result):
-        columns = [column for column in section.columns if column.wide]
-        titles = [column.title for column in columns]
+        columns = _wide(section)
         marks = ["---" if column.left else "---:" for column in columns]
         body = [[column.show(line) for column in columns] for line in section.lines]
-        lines = "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, marks, *body))
+        lines = ([column.title for column in columns], marks, *body)
         parts += [f"## {section.title}"] if section.title else []
-        parts += [lines, *_listed("Columns", _notes(result, titles))]
-    parts += _listed("Left out", results.omissions(result.rows))
-    parts += _listed("Findings", result.findings)
+        parts += ["\n".join("| " + " | ".join(cells) + " |" for cells in lines)]
+        parts += _listed([("Columns", _notes(result, columns))], "\n\n")
+    parts += _listed(_remarks(result), "\n\n")
     return "\n\n".join([*parts, f"Rows: {results.summary(result.rows)}."]) + "\n"
-
-
-def _listed(head: str, texts: Sequence[str]) -> list[str]:
-    return [f"{head}:\n\n" + "\n".join(f"- {text}" for text in texts)] if texts else []
 
 
 def show(result: Result, console: Console, notes: Sequence[str] = ()) -> None:
     """Print the tables, with all columns where they fit."""
 
-    def say(text: str = "") -> None:
+    def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    def listed(head: str, texts: Sequence[str]) -> None:
-        if texts:
-            say(f"{head}:")
-            for text in texts:
-                wrapped = textwrap.fill(
-                    f"- {text}", console.width, subsequent_indent="  ", break_on_hyphens=False
-                )
-                say(wrapped)
-            say()
+    def wrap(text: str) -> str:
+        return textwrap.fill(text, console.width, subsequent_indent="  ", break_on_hyphens=False)
 
     say(f"{_title(result)}\n{result.machine}")
     if notes or result.rates:
         say("\n".join(notes) or ceilings(result))
     for section in _sections(result):
-        columns = [column for column in section.columns if column.wide]
+        columns = _wide(section)
         unlimited = console.options.update(max_width=1000)
         if Measurement.get(console, unlimited, _table(section, columns)).maximum > console.width:
             columns = [column for column in section.columns if column.narrow]
         if section.title:
             say(f"\n{section.title}")
         console.print(_table(section, columns))
-        listed("Columns", _notes(result, [column.title for column in columns]))
-    listed("Left out", results.omissions(result.rows))
-    listed("Findings", result.findings)
+        for text in _listed([("Columns", _notes(result, columns))], "\n", wrap):
+            say(f"{text}\n")
+    for text in _listed(_remarks(result), "\n", wrap):
+        say(f"{text}\n")
+
+
+def _wide(section: Section) -> list[Column]:
+    return [column for column in section.columns if column.wide]
+
+
+def _remarks(result: Result) -> list[tuple[str, Sequence[str]]]:
+    return [("Left out", results.omissions(result.rows)), ("Findings", result.findings)]
+
+
+def _listed(
+    lists: Iterable[tuple[str, Sequence[str]]], apart: str, wrap: Callable[[str], str] = str
+) -> list[str]:
+    """Each with its head, if there is anything in it."""
+    return [
+        f"{head}:{apart}" + "\n".join(wrap(f"- {text}") for text in texts)
+        for head, texts in lists
+        if texts
+    ]
 
 
 def _title(result: Result) -> str:
@@ -121,7 +138,7 @@ def ceilings(result: Result) -> str:
     )
 
 
-def _notes(result: Result, titles: Sequence[str]) -> list[str]:
+def _notes(result: Result, columns: Sequence[Column]) -> list[str]:
     """What the columns of `ptattn compare` mean, by the beginning of their titles."""
     if result.kind != "compare":
         return []
@@ -140,7 +157,7 @@ def _notes(result: Result, titles: Sequence[str]) -> list[str]:
     return [
         f"{start}: {note}"
         for start, note in known.items()
-        if any(title.startswith(start) for title in titles)
+        if any(column.title.startswith(start) for column in columns)
     ]
 
 
@@ -149,12 +166,12 @@ def _notes(result: Result, titles: Sequence[str]) -> list[str]:
 
 def _sections(result: Result) -> list[Section]:
     if result.kind == memory.KIND:
-        return [_memory(result.rows)]
-    if result.kind == parallel_table.KIND:
-        return [parallel_table.section(result.rows)]
+        return [_memory([row for row in result.rows if row.peak])]
+    if result.kind == parallel.KIND:
+        return [_parallel([row for row in result.rows if row.timing])]
     group = groups(row for row in result.rows if row.timing)
     if result.kind == "compare":
-        lines = _lines(result.rows)
+        lines = list(groups(result.rows, *ROW).values())
         return [Section("", lines, _compared(lines, group), lambda row: row.workload)]
     found = []
     for title, kind in (("Operations", None), ("One block", "block"), ("Whole models", "model")):
@@ -162,7 +179,7 @@ def _sections(result: Result) -> list[Section]:
         if kind is None:
             rows = [row for row in rows if not row.baseline]
         if rows:
-            lines = _lines(rows)
+            lines = list(groups(rows, *ROW).values())
             columns = _operations(lines, group) if kind is None else _models(lines, group)
             used = [c for c in columns if any(c.show(line) for line in lines)]
             several = len(lines) > len(groups(rows))  # else they would only take space
@@ -171,49 +188,49 @@ def _sections(result: Result) -> list[Section]:
     return found
 
 
-def _lines(rows: Sequence[Row]) -> list[Line]:
-    found: dict[tuple[str, str, str], Line] = {}
-    for row in rows:
-        found.setdefault((row.workload, row.task, row.name), []).append(row)
-    return list(found.values())
-
-
-Groups = dict[tuple[str, str], list[Row]]
-
-
 def _operations(lines: Sequence[Line], group: Groups) -> list[Column]:
     """Ours alone, with the fastest baseline beside."""
 
-    def baseline(line: Line) -> str:
-        row = line[0]
+    def baseline(row: Row) -> str:
         best = results.fastest(group[row.workload, row.task], OTHERS, row.mode)
         return best.name if best else "none ran"
 
     return [
-        Column("Operation", lambda line: line[0].workload, left=True),
-        Column("Task", lambda line: line[0].task, left=True),
+        Column("Operation", of(lambda row: row.workload), left=True),
+        Column("Task", of(lambda row: row.task), left=True),
         *_times(lines, "Time"),
-        Column("Floor", _floor, narrow=False),
-        Column("Of floor", _share),
-        Column("Error ÷ eager", lambda line: _known("{:.2f}", line[0].error), narrow=False),
-        Column("Baseline", baseline, left=True),
+        Column("Floor", of(lambda row: row.floor, units.seconds), narrow=False),
+        Column("Of floor", of_fastest(lambda row: row.share, "{:.0%}".format)),
+        Column("Error ÷ eager", of(lambda row: row.error, "{:.2f}".format), narrow=False),
+        Column("Baseline", of(baseline), left=True),
         *_speedups(lines, group),
     ]
 
 
 def _models(lines: Sequence[Line], group: Groups) -> list[Column]:
-    predicted = any(row.status == PREDICTED for line in lines for row in line)
+    predicted = any(row.status == results.PREDICTED for line in lines for row in line)
     room = len(_modes(lines)) == 1
-    floors = [Column("Floor", _floor, narrow=False), Column("Of floor", _share, narrow=room)]
+    floors = [
+        Column("Floor", of(lambda row: row.floor, units.seconds), narrow=False),
+        Column("Of floor", of_fastest(lambda row: row.share, "{:.0%}".format), narrow=room),
+    ]
+
+    def error(line: Line) -> str:
+        known = [row.error for row in line if row.error is not None]
+        return f"{max(known):.1e}" if known else ""
+
+    def rate(row: Row) -> float | None:
+        return row.tokens / row.seconds if row.seconds else None
+
     return [
-        Column("Workload", lambda line: line[0].workload, left=True, narrow=False),
-        Column("Task", lambda line: line[0].task, left=True, narrow=False),
-        Column("Model", lambda line: line[0].name, left=True),
+        Column("Workload", of(lambda row: row.workload), left=True, narrow=False),
+        Column("Task", of(lambda row: row.task), left=True, narrow=False),
+        Column("Model", of(lambda row: row.name), left=True),
         *_times(lines, "Time"),
-        Column("Tokens/s", _tokens_per_second, narrow=False),
-        Column("Memory", _peak, narrow=False),
+        Column("Tokens/s", of_fastest(rate, lambda n: f"{units.digits(n / 1e3)} k"), narrow=False),
+        Column("Memory", of(lambda row: row.peak, units.memory), narrow=False),
         *([] if predicted else floors),
-        Column("Error", lambda line: _known("{:.1e}", _worst(line)), narrow=False),
+        Column("Error", error, narrow=False),
         *_speedups(lines, group),
     ]
 
@@ -221,37 +238,92 @@ def _models(lines: Sequence[Line], group: Groups) -> list[Column]:
 def _compared(lines: Sequence[Line], group: Groups) -> list[Column]:
     room = len(_modes(lines)) == 1
 
-    def fact(name: str, show: Callable[[float], str]) -> Callable[[Line], str]:
-        return lambda line: show(line[0].facts[name])
-
-    def block(line: Line) -> str:
-        if line[0].seconds:
-            return units.seconds(line[0].seconds)
-        return line[0].status if line[0].status in (FAILED, ERROR) else SKIPPED
-
-    def least(line: Line) -> str:
-        return units.seconds(line[0].timing.least) if line[0].timing else ""
-
-    def extrapolated(line: Line) -> str:
-        return f"≈ {units.seconds(line[0].whole)}" if line[0].whole else ""
+    def block(row: Row) -> str:
+        if row.seconds:
+            return units.seconds(row.seconds)
+        return row.status if row.status in (results.FAILED, results.ERROR) else results.SKIPPED
 
     return [
-        Column("Size", lambda line: line[0].size, left=True),
-        Column("Tokens", lambda line: f"{line[0].tokens:,}", narrow=False),
-        Column("Model", lambda line: line[0].model, left=True),
+        Column("Size", of(lambda row: row.size), left=True),
+        Column("Tokens", of(lambda row: row.tokens, "{:,}".format), narrow=False),
+        Column("Model", of(lambda row: row.model), left=True),
         Column("Parameters", fact("parameters", lambda n: f"{n / 1e6:,.0f} M"), narrow=False),
         Column("GMACs (paper)", fact("macs_paper", units.giga), narrow=False),
         Column("GMACs (full)", fact("macs", units.giga), narrow=room),
-        Column("Block", block),
+        Column("Block", of(block)),
         *_times(lines, "")[1:],
-        Column("Fastest", least, narrow=False),
-        Column("All blocks", extrapolated, narrow=False),
-        Column("Memory", _peak, narrow=room),
+        Column("Fastest", of(lambda row: row.timing and row.timing.least, units.seconds),
+               narrow=False),
+        Column("All blocks", of(lambda row: row.whole, lambda s: f"≈ {units.seconds(s)}"),
+               narrow=False),
+        Column("Memory", of(lambda row: row.peak, units.memory), narrow=room),
         *_speedups(lines, group),
+    ]  # fmt: skip
+
+
+def _memory(rows: Sequence[Row]) -> Section:
+    """A line per model, recipe and number of frames; GB, a measured peak after a slash."""
+
+    def peak(name: str) -> Column:
+        def show(line: Line) -> str:
+            return " / ".join(f"{(row.peak or 0) / 1e9:.1f}" for row in line if row.name == name)
+
+        return Column(name.capitalize(), show)
+
+    columns = [
+        Column("Model", of(lambda row: row.model), left=True),
+        Column("Recipe", fact("recipe"), left=True),
+        Column("Frames", fact("frames")),
+        Column("Tokens", of(lambda row: row.tokens, "{:,}".format), narrow=False),
+        Column("Fixed", fact("fixed", lambda n: f"{n / 1e9:.1f}")),
+        *(peak(name) for name in dict.fromkeys(row.name for row in rows)),
+        Column("Paper", of(lambda row: row.facts["printed"] or "–")),
     ]
+    models = list(dict.fromkeys(row.model for row in rows))
+    lines = list(groups(rows).values())
+    lines.sort(key=lambda line: (models.index(line[0].model), line[0].facts["recipe"]))
+    title = f"A training step at {memory.SIDE} px, GB"
+    return Section(title, lines, columns, lambda row: "")
+
+
+def _parallel(rows: Sequence[Row]) -> Section:
+    """A line per size, number of GPUs and scheme."""
+    columns = [
+        Column("Size", of(lambda row: row.size), left=True),
+        Column("GPUs", fact("ranks")),
+        Column("Split", of(lambda row: f"{row.model}, {row.name}"), left=True),
+        Column("Parts", fact("parts", lambda parts: "×".join(map(str, parts))), narrow=False),
+        Column("Sent", fact("sent", units.memory)),
+        Column("Busiest", fact("busiest", units.memory), narrow=False),
+        *(Column(f"of {name}", fact(f"of {name}", "{:.1%}".format), narrow=name == "ulysses")
+          for name in parallel.OTHERS),
+        Column("Block", of(lambda row: row.seconds, units.seconds)),
+        *(Column(link, fact(link, units.seconds)) for link in parallel.LINKS),
+        Column("Memory", of(lambda row: row.peak, units.memory), narrow=False),
+    ]  # fmt: skip
+    return Section("", [[row] for row in rows], columns, lambda row: row.workload)
 
 
 # Columns.
+
+
+def of(get: Callable[[Row], Any], show: Callable[[Any], str] = str) -> Callable[[Line], str]:
+    """Of a line's first row; empty where that has nothing."""
+
+    def cell(line: Line) -> str:
+        value = get(line[0])
+        return "" if value is None else show(value)
+
+    return cell
+
+
+def of_fastest(get: Callable[[Row], Any], show: Callable[[Any], str]) -> Callable[[Line], str]:
+    cell = of(get, show)
+    return lambda line: cell([min(line, key=lambda row: row.seconds or float("inf"))])
+
+
+def fact(name: str, show: Callable[[Any], str] = str) -> Callable[[Line], str]:
+    return of(lambda row: row.facts.get(name), show)
 
 
 def _times(lines: Sequence[Line], alone: str) -> list[Column]:
@@ -263,9 +335,14 @@ def _times(lines: Sequence[Line], alone: str) -> list[Column]:
             (units.seconds(row.seconds) for row in line if row.mode == mode and row.seconds), ""
         )
 
+    def quantiles(row: Row) -> str | None:
+        if row.timing is None or row.status == results.PREDICTED:
+            return None
+        return f"{units.seconds(row.timing.low)} – {units.seconds(row.timing.high)}"
+
     found = [Column(MODES[m] if len(modes) > 1 else alone, median(m)) for m in modes]
     if alone:
-        found.insert(1, Column("20–80 %", _quantiles, narrow=False))
+        found.insert(1, Column("20–80 %", of(quantiles), narrow=False))
     return found
 
 
@@ -273,93 +350,29 @@ def _modes(lines: Sequence[Line]) -> list[str]:
     return [mode for mode in MODES if any(row.mode == mode for line in lines for row in line)]
 
 
-def _quantiles(line: Line) -> str:
-    timing = line[0].timing
-    if timing is None or line[0].status == PREDICTED:
-        return ""
-    return f"{units.seconds(timing.low)} – {units.seconds(timing.high)}"
-
-
 def _speedups(lines: Sequence[Line], group: Groups) -> list[Column]:
-    models = dict.fromkeys(
-        row.model for line in lines for row in group.get((line[0].workload, line[0].task), ())
-        if row.baseline
-    )  # fmt: skip
+    """Over each baseline, in every mode; where there is little room, in the last one."""
+    places = dict.fromkeys((row.workload, row.task) for row, *_ in lines)
+    rows = [row for place in places for row in group.get(place, ())]
     own = {row.model for line in lines for row in line if not row.baseline}
 
-    def over(model: str, line: Line) -> list[str]:
-        ratios = [results.speedup(r, group.get((r.workload, r.task), ()), model) for r in line]
-        known = any(ratio is not None for ratio in ratios)
-        return ["–" if ratio is None else units.ratio(ratio) for ratio in ratios] if known else []
+    def over(model: str, modes: slice) -> Callable[[Line], str]:
+        def cell(line: Line) -> str:
+            ratios = [results.speedup(r, group.get((r.workload, r.task), ()), model) for r in line]
+            shown = ["–" if ratio is None else units.ratio(ratio) for ratio in ratios]
+            return " / ".join(shown[modes]) if any(ratio is not None for ratio in ratios) else ""
 
-    def of_all(model: str) -> Callable[[Line], str]:
-        return lambda line: " / ".join(over(model, line))
+        return cell
 
-    def of_last(model: str) -> Callable[[Line], str]:
-        return lambda line: "".join(over(model, line)[-1:])
-
-    columns = []
-    for model in models:
-        if model not in own:
-            columns.append(Column(f"vs {model}", of_all(model), narrow=False))
-            columns.append(Column(f"vs {model}", of_last(model), wide=False))
-    return columns
-
-
-def _best(line: Line) -> Row:
-    return min(line, key=lambda row: row.seconds or float("inf"))
-
-
-def _floor(line: Line) -> str:
-    return units.seconds(line[0].floor) if line[0].floor else ""
-
-
-def _share(line: Line) -> str:
-    return _known("{:.0%}", _best(line).share)
-
-
-def _worst(line: Line) -> float | None:
-    return max((row.error for row in line if row.error is not None), default=None)
-
-
-def _peak(line: Line) -> str:
-    return "" if line[0].peak is None else units.memory(line[0].peak)
-
-
-def _known(form: str, value: float | None) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _tokens_per_second(line: Line) -> str:
-    best = _best(line)
-    return f"{units.digits(best.tokens / best.seconds / 1e3)} k" if best.seconds else ""
-
-
-def _memory(rows: Sequence[Row]) -> Section:
-    """A line per model, recipe and number of frames; GB, a measured peak after a slash."""
-    group = groups(rows)
-
-    def peak(name: str) -> Column:
-        def show(line: Line) -> str:
-            own = [row for row in line if row.name == name and row.peak]
-            return " / ".join(f"{(row.peak or 0) / 1e9:.1f}" for row in own)
-
-        return Column(name.capitalize(), show)
-
-    columns = [
-        Column("Model", lambda line: line[0].model, left=True),
-        Column("Recipe", lambda line: line[0].facts["recipe"], left=True),
-        Column("Frames", lambda line: str(line[0].facts["frames"])),
-        Column("Tokens", lambda line: f"{line[0].tokens:,}", narrow=False),
-        Column("Fixed", lambda line: f"{line[0].facts['fixed'] / 1e9:.1f}"),
-        *(peak(name) for name in dict.fromkeys(row.name for row in rows)),
-        Column("Paper", lambda line: f"{line[0].facts['printed'] or '–'}"),
+    return [
+        column
+        for model in dict.fromkeys(row.model for row in rows if row.baseline)
+        if model not in own
+        for column in (
+            Column(f"vs {model}", over(model, slice(None)), narrow=False),
+            Column(f"vs {model}", over(model, slice(-1, None)), wide=False),
+        )
     ]
-    models = list(dict.fromkeys(row.model for row in rows))
-    lines = list(group.values())
-    lines.sort(key=lambda line: (models.index(line[0].model), line[0].facts["recipe"]))
-    title = f"A training step at {memory.SIDE} px, GB"
-    return Section(title, lines, columns, lambda row: "")
 
 
 def _table(section: Section, columns: Sequence[Column]) -> Table:

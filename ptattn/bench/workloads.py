@@ -1,4 +1,4 @@
-"""What is measured: models at sizes, and the blocks of these models."""
+"""What is measured: models at sizes."""
 
 from __future__ import annotations
 
@@ -81,56 +81,17 @@ FIGURE_SIZES = tuple(map(Size, (256, 512, 1024, 2048))) + tuple(
 
 
 @dataclass(frozen=True)
-class Block:
-    """One transformer block on one token grid: what one measurement is of.
-
-    Blocks that do the same work are equal, whichever models they come from: `config` has depth 1
-    and the window that the model chooses for the grid.
-    """
-
-    family: str  # "PT-DiT", "DiT" or "PixArt"
-    config: ModelConfig
-    grid: Triple
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.grid)
-
-    def corner(self, most: int) -> Block:
-        """The same block, its windows too, on a grid of at most `most` tokens, if such a one has
-        two windows on every axis that has more."""
-        grid, window = list(self.grid), [1, 1, 1]
-        if self.family == "PT-DiT":
-            window = list(self.config.window_grids(self.grid)[1].window)
-        while math.prod(grid) > most:
-            windows = [n / p for n, p in zip(grid, window, strict=True)]
-            axis = windows.index(max(windows))
-            if windows[axis] <= 2:
-                break
-            grid[axis] = -(-grid[axis] // 2)
-        return dataclasses.replace(self, grid=(grid[0], grid[1], grid[2]))
-
-    def memory(self, dtype: torch.dtype, backend: str) -> int:
-        """About how many bytes measuring it takes: weights (at most 24·D²) and activations."""
-        dim, tokens = self.config.dim, self.tokens
-        values = 24 * dim**2 + LIVE_TENSORS * tokens * dim
-        if backend != "reference":
-            return values * dtype.itemsize
-        keys = tokens
-        if self.family == "PT-DiT":
-            proxies, _ = self.config.window_grids(self.grid)
-            keys = max(proxies.num_windows, TEXT_TOKENS)
-        # The reference computes in float32 and holds the scores of all heads three times over.
-        return 4 * (values + 3 * self.config.num_heads * tokens * keys)
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One line of the comparison: a model at a size."""
+    """One line of a table: a model at a size, and the block and grid that it then has.
+
+    `config` is of one block, with the windows that the model chooses for the grid.
+    """
 
     model: str
     size: Size
-    block: Block
+    family: str  # "PT-DiT", "DiT" or "PixArt"
+    config: ModelConfig
+    grid: Triple
     parameters: int
     full: flops.Count
     paper: flops.Count
@@ -145,12 +106,42 @@ class Entry:
 
     @property
     def is_proxy_tokenized(self) -> bool:
-        return self.block.family == "PT-DiT"
+        return self.family == "PT-DiT"
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def cost(self) -> float:
         """What one block's time is predicted from: multiply-adds, those of attention weighted."""
         return (self.full.linear + PRODUCT_COST * self.full.products) / self.depth
+
+    def corner(self, most: int) -> Entry:
+        """The same block, its windows too, on a grid of at most `most` tokens, if such a one has
+        two windows on every axis that has more."""
+        grid, window = list(self.grid), [1, 1, 1]
+        if self.is_proxy_tokenized:
+            window = list(self.config.window_grids(self.grid)[1].window)
+        while math.prod(grid) > most:
+            windows = [n / p for n, p in zip(grid, window, strict=True)]
+            axis = windows.index(max(windows))
+            if windows[axis] <= 2:
+                break
+            grid[axis] = -(-grid[axis] // 2)
+        return dataclasses.replace(self, grid=(grid[0], grid[1], grid[2]))
+
+    def activations(self, dtype: torch.dtype, backend: str, tensors: int = LIVE_TENSORS) -> int:
+        """About how many bytes live at once that hold so many tensors of the tokens."""
+        values = tensors * self.tokens * self.config.dim
+        if backend != "reference":
+            return values * dtype.itemsize
+        keys = self.tokens
+        if self.is_proxy_tokenized:
+            proxies, _ = self.config.window_grids(self.grid)
+            keys = max(proxies.num_windows, TEXT_TOKENS)
+        # The reference computes in float32 and holds the scores of all heads three times over.
+        return 4 * (values + 3 * self.config.num_heads * self.tokens * keys)
 
 
 def plan(models: Sequence[str], sizes: Sequence[Size]) -> list[Entry]:
@@ -161,21 +152,17 @@ def plan(models: Sequence[str], sizes: Sequence[Size]) -> list[Entry]:
 
 
 def _entry(model: str, size: Size, parameters: int) -> Entry:
-    full, paper = (
-        flops.count(model, size.side, size.frames, text_tokens=TEXT_TOKENS, convention=convention)
-        for convention in ("full", "paper")
-    )
-    return Entry(model, size, _block(model, size), parameters, full, paper)
-
-
-def _block(model: str, size: Size) -> Block:
     family, config = find_model(model)
     config = dataclasses.replace(config, depth=1)
     grid = flops.token_grid(config, size.side, size.frames)
     if family is PTDiT:
         proxies, windows = config.window_grids(grid)
         config = dataclasses.replace(config, window=windows.window, proxy_window=proxies.window)
-    return Block(_FAMILIES[family], config, grid)
+    full, paper = (
+        flops.count(model, size.side, size.frames, text_tokens=TEXT_TOKENS, convention=convention)
+        for convention in flops.CONVENTIONS
+    )
+    return Entry(model, size, _FAMILIES[family], config, grid, parameters, full, paper)
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def test_roll_mask_block_is_our_block(sizes: tuple) -> None:
     torch.manual_seed(0)
     windows = WindowGrid(*sizes)
     ours = _randomized(PTDiTBlock(ModelConfig(1, DIM, HEADS)))
-    theirs = baselines.RollMaskBlock(DIM, HEADS).double().copy_weights(ours)
+    theirs = baselines.RollMaskBlock(ours)
     condition = _condition(batch=2)
     x = torch.randn(2, windows.num_tokens, DIM, dtype=torch.float64, requires_grad=True)
     up = torch.randn_like(x)
@@ -91,7 +91,7 @@ def test_roll_mask_block_is_our_block(sizes: tuple) -> None:
 
     wanted = dict(x=x, vector=condition.modulation)
     grads = torch.autograd.grad(out, [*wanted.values(), ours.mlp[2].weight], up)
-    peers = torch.autograd.grad(expected, [*wanted.values(), theirs.down.weight], up)
+    peers = torch.autograd.grad(expected, [*wanted.values(), theirs.mlp[2].weight], up)
     for name, own, peer in zip((*wanted, "mlp"), grads, peers, strict=True):
         _close(own, peer, f"d{name}")
 
@@ -106,7 +106,7 @@ def test_diffusers_pixart_block_is_our_pixart_block() -> None:
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
     ours = _randomized(PixArtBlock(ModelConfig(1, DIM, HEADS)))
-    theirs = baselines.DiffusersPixArtBlock(DIM, HEADS).double().copy_weights(ours)
+    theirs = baselines.DiffusersPixArtBlock(ours)
     condition = _condition(batch=2)
     x = torch.randn(2, 24, DIM, dtype=torch.float64)
     _close(ours(Residual(x), condition).total(), theirs(x, condition), "output")
@@ -115,7 +115,7 @@ def test_diffusers_pixart_block_is_our_pixart_block() -> None:
 def test_diffusers_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "diffusers.models.attention", None)
     with pytest.raises(ImportError, match=r"pip install ptattn\[t2x\]"):
-        baselines.DiffusersPixArtBlock(DIM, HEADS)
+        baselines.DiffusersPixArtBlock(PixArtBlock(ModelConfig(1, DIM, HEADS)))
 
 
 def test_gemms_21_multiplies_all_tokens() -> None:

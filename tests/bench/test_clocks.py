@@ -35,14 +35,15 @@ def test_rounds_fill_the_time_but_not_beyond_the_most_calls():
 @pytest.mark.parametrize(("first", "known", "calls"), [(0.1, 0, WARM_UP - 1), (2.0, 1, 0)])
 def test_a_long_first_run_is_a_sample_and_needs_no_second_to_warm_up(first, known, calls):
     made = []
-    prepared = WallClock().prepare(lambda: made.append(None), first)
-    assert (first >= LONG_RUN, prepared.known) == (bool(known), [first] * known)
+    _, seconds = WallClock().prepare(lambda: made.append(None), first)
+    assert (first >= LONG_RUN, seconds) == (bool(known), [first] * known)
     assert len(made) == calls
 
 
 def test_rates(monkeypatch):
-    monkeypatch.setattr(clocks, "clock_of", lambda device, wall: FakeClock(1e-3))
-    got = clocks.rates("cpu", copied=2**12, side=8)
+    monkeypatch.setattr(clocks, "WallClock", lambda: FakeClock(1e-3))
+    monkeypatch.setitem(clocks.MEASURED, "cpu", (2**12, 8))
+    got = clocks.rates("cpu")
     assert got.copy == pytest.approx(2 * 2**12 / 1e-3)
     assert got.products == pytest.approx(2 * 8**3 / 1e-3)
     assert got.launch == pytest.approx(1e-3)

@@ -1,5 +1,6 @@
 """What is made of rows: findings, tables, plots, and the files that a run leaves."""
 
+import argparse
 import dataclasses
 import io
 import os
@@ -9,10 +10,10 @@ from matplotlib import image
 from rich.console import Console
 
 from ptattn.bench import findings, plots, report, results, tables, workloads
-from ptattn.bench.progress import Progress
+from ptattn.bench.harness import Workload
 from ptattn.bench.results import COMPILED, EAGER, GRAPH, SKIPPED
 from ptattn.bench.workloads import Size
-from tests.support.measured import H200, WIDE, compared, result, timed
+from tests.support.measured import H200, WIDE, bench, compared, result, timed
 
 GPU = H200.with_name("h200-2026-11-26-gpu") / "gpu.json"
 
@@ -156,19 +157,31 @@ def test_crossover_is_between_the_sizes_that_enclose_it():
 # Files.
 
 
-def carry_out(out, *found, stop=False):
-    def rows():
-        yield from found
-        if stop:
-            raise KeyboardInterrupt
+class Done(Workload):
+    """Its rows are there, or Ctrl-C comes."""
 
-    return report.carry_out(result(kind="compare"), rows(), out, Progress(len(found)))
+    def __init__(self, rows=None):
+        self.rows = rows
+
+    def measure(self, bench):
+        if self.rows is None:
+            raise KeyboardInterrupt
+        return self.rows
+
+    def blank(self, status, note=""):
+        return []
+
+
+def carry_out(out, *workloads):
+    options = argparse.Namespace(kind="compare", out=out)
+    settings = result().settings
+    return report.carry_out(options, "ptattn", settings, lambda: (workloads, bench(rates=None)))
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path, capsys):
     (tmp_path / "latency.png").write_text("of another run")
     measured = compared({64: (1.0, 2.0)}, *WIDE)
-    assert carry_out(tmp_path, measured, stop=True) == 130
+    assert carry_out(tmp_path, Done(measured), Done()) == 130
     assert "(interrupted)" in capsys.readouterr().out
     # A plot that would contradict the table is gone.
     assert set(os.listdir(tmp_path)) == {"compare.json", "compare.md", "gflops.png"}
@@ -182,7 +195,7 @@ def test_before_the_first_time_an_interrupted_run_leaves_old_files_alone(
     (tmp_path / "compare.json").write_text("mine")
     rows = compared({64: (1, 2)}, *WIDE)
     skipped = [dataclasses.replace(row, timing=None, peak=None) for row in rows]
-    assert carry_out(tmp_path, skipped, stop=True) == 130
+    assert carry_out(tmp_path, Done(skipped), Done()) == 130
     assert os.listdir(tmp_path) == ["compare.json"]
     assert (tmp_path / "compare.json").read_text() == "mine"
 
@@ -192,10 +205,11 @@ def test_files_are_written_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "WRITE_EVERY", 0.0)
     seen = []
 
-    class Looking(Progress):
-        def finish(self, rows):
+    class Looking(Done):
+        def measure(self, bench):
             seen.append((tmp_path / "compare.json").exists())
+            return self.rows
 
-    rows = [[row] for row in compared({64: (1.0, 2.0)}, *WIDE)]
-    assert report.carry_out(result(kind="compare"), rows, tmp_path, Looking(2)) == 0
+    rows = [Looking([row]) for row in compared({64: (1.0, 2.0)}, *WIDE)]
+    assert carry_out(tmp_path, *rows) == 0
     assert seen == [False, True]

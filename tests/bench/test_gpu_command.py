@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ptattn.bench import gpu, harness
+from ptattn.bench import clocks, gpu, harness, peaks
 from ptattn.bench.op_run import OperationWorkload
 from ptattn.bench.op_workloads import Operation
 from ptattn.cli import main
 from tests.bench.test_operations import tiny
-from tests.support.measured import SETTINGS, Watch, bench, workload
+from tests.support.measured import SETTINGS, FakeClock, bench, workload
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +39,18 @@ def test_the_plan_needs_no_gpu_and_says_what_comes_first(capsys, monkeypatch):
 
 
 def test_the_stages_cover_what_is_asked():
-    stages = {stage.name: stage for stage in gpu.stages("fp8")}
-    names = {name: [str(w) for w in stage.workloads] for name, stage in stages.items()}
+    stages = gpu.stages("fp8")
+    names = {name: list(map(str, stage)) for name, stage in stages.items()}
     sizes = ("1024 px", "2048 px", "48×512 px")
     assert names["whole models"] == [f"model {size} b1" for size in sizes]
     assert names["blocks"][0] == "block 1024 px b1"
-    assert {w.task for w in stages["blocks"].workloads} == {"forward", "training"}
+    assert {w.task for w in stages["blocks"]} == {"forward", "training"}
     first, others = names["operations of XL"], names["other operations"]
     assert len(first) + len(others) == len({*first, *others}) > 350
     for what in ("compiled", "quantized"):
-        assert [s for s, stage in stages.items() if getattr(stage, what)] == ["compiled blocks"]
-    assert not any(stage.quantized for stage in gpu.stages())
+        found = {s for s, stage in stages.items() if any(getattr(w, what, 0) for w in stage)}
+        assert found == {"compiled blocks"}
+    assert not any(getattr(w, "quantized", 0) for stage in gpu.stages().values() for w in stage)
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
@@ -74,7 +75,7 @@ def card(monkeypatch):
     """A GPU that is none, with 16 GB free, whose processes are threads."""
 
     def pool(workers, mp_context):
-        assert 1 <= workers <= gpu.COMPILING
+        assert 1 <= workers <= gpu.PROCESSES
         return ThreadPoolExecutor(1)
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -109,10 +110,11 @@ def test_kernels_are_run_once_and_what_fails_is_named(capsys, monkeypatch):
 
 def test_operations_are_timed_alone_and_models_as_their_user_waits(monkeypatch):
     seen = []
-    monkeypatch.setattr(gpu.clocks, "clock_of", lambda device, wall=True: f"wall {wall}")
-    monkeypatch.setattr(harness, "measure", lambda _, own, watch: seen.append(own) or [])
-    blocks = gpu.Stage("blocks", [workload("block", "forward", "dit-s")], compiled=True)
-    planned = [blocks, gpu.Stage("operations", [operation("window")])]
-    assert list(gpu._measure(planned, bench(clock="wall True"), Watch())) == []
-    assert [own.clock for own in seen] == ["wall True", "wall False"]
-    assert [own.compiled for own in seen] == [True, False]
+    alone, waiting = FakeClock(), FakeClock()
+    monkeypatch.setattr(clocks, "gpu_clock", lambda: alone)
+    monkeypatch.setattr(clocks, "measure", lambda clock, *args: seen.append(clock) or {})
+    monkeypatch.setattr(clocks, "captured", lambda run: (run, run()))
+    monkeypatch.setattr(peaks, "added", lambda run, device: (10**6, 1e-5))
+    for one in (operation("window"), workload("block", "forward", "dit-s", one=True)):
+        one.measure(bench(clock=waiting, device="cuda"))
+    assert seen == [alone] * 2 + [waiting]  # forward and backward

@@ -13,7 +13,8 @@ import torch
 
 from ptattn.bench import harness, isolation
 from ptattn.bench.clocks import WallClock
-from ptattn.bench.harness import Isolated, Pace
+from ptattn.bench.harness import Pace, Workload
+from ptattn.bench.isolation import Isolated
 from ptattn.bench.results import ERROR, NOT_REACHED, OK, SKIPPED
 from ptattn.bench.workloads import Settings
 from tests.support.measured import Watch, bench, timed, workload
@@ -30,6 +31,7 @@ class Fake:
     memory: int = 0
     family: str = "fake"
     checks: int = 0
+    compiling: int = 0
 
     def __str__(self):
         return self.name
@@ -47,9 +49,10 @@ class Fake:
         return [dataclasses.replace(row, timing=None)]
 
 
-def measure(*workloads, run=None, **known):
-    found = harness.measure(workloads, bench(**known), Watch(), run)
-    return [row for rows in found for row in rows]
+def measure(*workloads, run=harness.run_here, **known):
+    watch = Watch()
+    harness.measure(workloads, bench(**known), watch, {}, run)
+    return watch.rows
 
 
 # Time.
@@ -71,7 +74,7 @@ def test_what_would_end_after_the_deadline_is_not_begun():
 def test_the_pace_is_that_of_the_family_s_last_workload():
     pace, known = Pace(), bench(calls=(5, 100))
     assert pace.expected(Fake(), known) == 0.0  # of the first nothing is known
-    pace.learn(Fake(cost=2.0), [timed(0.01), timed(0.03)])
+    pace.learn(Fake(cost=2.0), known, [timed(0.01), timed(0.03)], 1.0)
     assert pace.expected(Fake(cost=4.0), known) == pytest.approx(5 * 0.08)
     assert pace.expected(Fake(cost=4.0, checks=6), known) == pytest.approx(11 * 0.08)
     assert pace.expected(Fake(cost=100.0), known) == pytest.approx(3 * 2.0)  # long: fewer calls
@@ -79,18 +82,30 @@ def test_the_pace_is_that_of_the_family_s_last_workload():
     assert pace.expected(Fake(cost=4.0), filled) == pytest.approx(3.0)  # calls to fill the time
     other = Fake(family="other")
     assert pace.expected(other, known) == pytest.approx(5 * 0.02)  # for want of its own
-    pace.learn(other, [timed(1.0)])
-    pace.learn(other, Fake().blank(ERROR))  # of what did not run nothing is learnt
+    pace.learn(other, known, [timed(1.0)], 1.0)
+    pace.learn(other, known, Fake().blank(ERROR), 1.0)  # of what did not run nothing is learnt
     assert pace.expected(Fake(), known) == pytest.approx(5 * 0.02)
     assert pace.expected(other, known) == pytest.approx(5.0)
-    assert pace.expected(object(), known) == 0.0  # operations have no cost
+    assert pace.expected(Workload(), known) == 0.0  # operations have no cost
+
+
+def test_compiling_takes_time_as_the_last_workload_s_did():
+    """What was to be compiled was once begun although it could not end in the budget."""
+    pace, known = Pace(), bench(calls=(2, 20))
+    compiled = Fake(compiling=2)
+    assert pace.expected(compiled, known) == 2 * harness.COMPILING_SECONDS  # of the first, too
+    rows = measure(compiled, Fake(), deadline=in_seconds(20.5), calls=(2, 20))
+    assert [row.status for row in rows] == [NOT_REACHED, OK]
+    assert rows[0].note == "predicted 24 s, 20 s of it left"
+    pace.learn(compiled, known, [timed(1.0)], took=82.0)  # of which 2 were its calls'
+    assert pace.expected(Fake(compiling=1), known) == pytest.approx(2.0 + 40.0)
 
 
 def test_the_time_left_is_that_of_all_that_follow():
     watch = Watch()
-    list(harness.measure([Fake(), Fake(), Fake(cost=2.0)], bench(calls=(1, 1)), watch))
+    harness.measure([Fake(), Fake(), Fake(cost=2.0)], bench(calls=(1, 1)), watch, {})
     assert watch.left == [0.0, 3.0, 2.0]
-    list(harness.measure([Fake(), Fake()], bench(deadline=in_seconds(0.5)), watch))
+    harness.measure([Fake(), Fake()], bench(deadline=in_seconds(0.5)), watch, {})
     assert watch.left[-1] <= 0.5
 
 
@@ -124,25 +139,33 @@ def test_any_number_of_workloads_compiles():
     """Three implementations of each share their code, of which torch keeps few graphs."""
 
     class Compiling(Fake):
+        compiling = 3
+
         def measure(self, bench):
             for times in range(3):
                 call = torch.compile(partial(torch.mul, times), backend="eager", fullgraph=True)
                 call(torch.ones(int(self.cost)))
             return super().measure(bench)
 
-    rows = measure(*(Compiling(cost=size) for size in range(1, 5)), compiled=True)
+    rows = measure(*(Compiling(cost=size) for size in range(1, 5)))
     assert [(row.status, row.note) for row in rows] == [(OK, "")] * 4
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_interrupt_names_what_it_kept_from_being_measured(after):
-    found = []
-    workloads = [Fake()] * after + [Fake("interrupted"), Fake()]
-    measuring = harness.measure(workloads, bench(), Watch())
+@pytest.mark.parametrize("where", ["first", "second", "between"])
+def test_interrupt_names_what_it_kept_from_being_measured(where):
+    class Interrupted(Watch):
+        def finish(self, rows):
+            if where == "between":  # such as while a row is printed
+                raise KeyboardInterrupt
+
+    found = {}
+    after = 0 if where == "first" else 1
+    workloads = [Fake()] * after + [Fake("interrupted" if where != "between" else "fine"), Fake()]
     with pytest.raises(KeyboardInterrupt):
-        found.extend(row for rows in measuring for row in rows)
-    assert [row.status for row in found] == [OK] * after + [NOT_REACHED] * 2
-    assert {row.note for row in found[after:]} == {"interrupted"}
+        harness.measure(workloads, bench(), Interrupted(), found)
+    rows = [row for i in range(len(workloads)) for row in found[i]]
+    assert [row.status for row in rows] == [OK] * after + [NOT_REACHED] * 2
+    assert {row.note for row in rows[after:]} == {"interrupted"}
 
 
 # A child process.
@@ -153,7 +176,7 @@ def isolated(monkeypatch):
     """A child by fork, which starts at once; `ptattn compare` starts it afresh (test_cli)."""
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(isolation.multiprocessing, "get_context", lambda how: fork)
-    monkeypatch.setattr(harness, "GRACE", 0.3)
+    monkeypatch.setattr(isolation, "GRACE", 0.3)
     found = Isolated(Settings(threads=1), lambda settings: bench(clock=WallClock()))
     yield found
     found.close()
@@ -164,11 +187,45 @@ def test_what_dies_costs_itself_alone(isolated):
     assert [row.status for row in rows] == [SKIPPED, OK, ERROR, OK]
     killed = "the measuring process was ended by SIGKILL, most likely out of memory"
     assert (rows[0].note, rows[2].note) == (killed, "RuntimeError: no luck")
-    idle = isolated.start()._process
+    idle = isolated._process
     idle.kill()
     idle.join()
     rows = measure(Fake(), Fake(), run=isolated)
     assert [(row.status, row.note) for row in rows] == [(SKIPPED, killed), (OK, "")]
+
+
+@pytest.fixture
+def _interruptible():
+    """What is started in the background of a shell ignores Ctrl-C, and so do its children."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_ctrl_c_while_a_child_starts_is_ours(isolated, monkeypatch):
+    """It was ignored in that moment, and so lost."""
+    process = multiprocessing.context.ForkProcess
+    start = process.start
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        start(self)
+
+    monkeypatch.setattr(process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        isolated.start()
+    assert isolated._process.is_alive()  # it started whole, to be closed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_ctrl_c_does_not_reach_the_child(isolated):
+    isolated.start()
+    os.kill(isolated._process.pid, signal.SIGINT)
+    (row,) = measure(Fake(), run=isolated)
+    assert row.status == OK
 
 
 def test_what_hangs_is_stopped(isolated):

@@ -9,6 +9,7 @@ import torch
 
 import ptattn
 from ptattn.bench import memory, peaks, results
+from ptattn.bench.workloads import Size
 from ptattn.cli import main
 from ptattn.models import create_model
 
@@ -56,15 +57,16 @@ def run(*arguments):
 
 
 def test_training_memory_is_predicted(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "predict", functools.cache(memory.predict))  # for three runs
     monkeypatch.setattr(memory, "create_model", functools.partial(create_model, depth=4))
+    monkeypatch.setattr(memory, "predict", functools.cache(memory.predict))  # for three runs
     options = ("--models", "pt-dit-b", "--frames", 32, "--out", tmp_path)
     assert run(*options) == 0
     found = results.load(tmp_path / "memory.json").rows
     rows = {(row.facts["recipe"], row.name): row for row in found}
     kinds = [f"keeps {kept}" for kept in memory.KEPT]
     assert list(rows) == list(itertools.product(memory.RECIPES, kinds))
-    count = sum(p.numel() for p in memory.build("pt-dit-b", 32, "all", "meta")[0].parameters())
+    model, *_ = memory.build("pt-dit-b", Size(512, 32), "all", "meta")
+    count = sum(p.numel() for p in model.parameters())
     for (recipe, _), row in rows.items():
         assert row.tokens == 32 * 1024
         assert row.facts["fixed"] == count * {"master": 16, "plain": 8}[recipe]

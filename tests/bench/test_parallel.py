@@ -6,6 +6,7 @@ import pytest
 
 from ptattn import communication
 from ptattn.bench import parallel
+from ptattn.bench.harness import Bench
 from ptattn.bench.workloads import Size
 from ptattn.cli import main
 
@@ -40,7 +41,7 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
 
 @pytest.mark.long
 def test_more_gpus_compute_and_hold_less():
-    (two, *_), (four, *_) = parallel.rows([Size(512, 8)], [2, 4])
+    two, four = (parallel.Split(Size(512, 8), n).measure(Bench())[0] for n in (2, 4))
     assert four.seconds < two.seconds < 2 * four.seconds
     assert four.peak <= two.peak
 
@@ -50,7 +51,7 @@ def test_memory_is_of_the_rank_with_most_tokens(monkeypatch):
     ranks = []
     monkeypatch.setattr(parallel, "_peak_of_whole", lambda *_: (0, 0))
     monkeypatch.setattr(parallel, "_peak", lambda *_, rank: ranks.append(rank) or 0)
-    list(parallel.rows([Size(256, 8)], [3]))
+    parallel.Split(Size(256, 8), 3).measure(Bench())
     assert ranks == [1]
 
 

@@ -7,11 +7,13 @@ import torch
 
 from ptattn import flops
 from ptattn.bench import floor, predict, results, workloads
+from ptattn.bench.harness import Bench
 from ptattn.bench.model_run import model_workloads
 from ptattn.bench.workloads import FIGURE_SIZES, FIGURES, Settings, Size
 from ptattn.models import get_config
-from tests.support.measured import TINY, WIDE, workload
+from tests.support.measured import SETTINGS, TINY, WIDE, workload
 
+CUDA = dataclasses.replace(SETTINGS, device="cuda")
 H200 = predict.DEVICES["h200"]
 
 
@@ -24,22 +26,15 @@ def test_plan_puts_images_before_videos_and_keeps_the_models_order():
     entries = workloads.plan([*TINY, TINY[0]], sizes)
     assert [str(entry.size) for entry in entries[::2]] == ["32 px", "64 px", "4×32 px"]
     assert [entry.model for entry in entries] == list(TINY) * 3
-    assert [entry.block.grid for entry in entries[::2]] == [(1, 2, 2), (1, 4, 4), (4, 2, 2)]
-
-
-def test_models_with_one_block_have_equal_blocks():
-    """At 1024 px the released model has the window that pt-dit-xl chooses; at 512 px it has not."""
-    entries = plan(512, 1024, models=("pt-dit-xl", "qihoo-t2i"))
-    assert entries[2].block == entries[3].block
-    assert len({entry.block for entry in entries}) == 3
+    assert [entry.grid for entry in entries[::2]] == [(1, 2, 2), (1, 4, 4), (4, 2, 2)]
 
 
 def test_the_reference_needs_memory_for_all_scores():
     ours, theirs = plan(1024)
     tokens, heads = 64 * 64, 6
-    assert theirs.block.memory(torch.bfloat16, "reference") > 4 * heads * tokens**2
-    assert theirs.block.memory(torch.bfloat16, "sdpa") < 4 * heads * tokens**2
-    assert ours.block.memory(torch.bfloat16, "reference") < 4 * heads * tokens**2
+    assert theirs.activations(torch.bfloat16, "reference") > 4 * heads * tokens**2
+    assert theirs.activations(torch.bfloat16, "sdpa") < 4 * heads * tokens**2
+    assert ours.activations(torch.bfloat16, "reference") < 4 * heads * tokens**2
 
 
 def test_memory_and_cost_grow_with_what_is_done():
@@ -47,6 +42,9 @@ def test_memory_and_cost_grow_with_what_is_done():
     for more in (training, dataclasses.replace(forward, batch=8)):
         assert more.memory > forward.memory
         assert more.cost >= 3 * forward.cost
+    for more in (dict(compiled=True), dict(quantized=True), dict(settings=CUDA)):
+        # Copies of the weights, or what every CUDA graph keeps.
+        assert dataclasses.replace(forward, **more).memory > forward.memory
     one = workload("block", "forward", *WIDE, side=1024, one=True, checked=1024)
     assert one.memory < workload("block", "forward", *WIDE, side=1024).memory
     assert one.checks < forward.checks  # a corner of the grid is soon checked
@@ -63,7 +61,7 @@ def test_memory_and_cost_grow_with_what_is_done():
     ],
 )
 def test_a_corner_keeps_the_windows_and_two_of_them_an_axis(model, size, grid):
-    block = workloads.plan([model], [size])[0].block
+    block = workloads.plan([model], [size])[0]
     corner = block.corner(1024)
     assert corner.grid == grid
     assert corner.config == block.config
@@ -108,7 +106,7 @@ def test_the_operations_of_a_model_are_those_counted():
 def test_predictions_are_marked():
     settings = Settings("cuda", "bf16", "triton")
     found = model_workloads("model", FIGURES, FIGURE_SIZES, [floor.FORWARD], settings)
-    rows = predict.rows(found, H200)
+    rows = [row for w in found for row in predict.Prediction(w, H200).measure(Bench())]
     assert {row.status for row in rows} == {results.PREDICTED}
     times = {row.name: row.seconds for row in rows if row.workload == "model 1024 px b1"}
     assert times["DiT/XL"] < times["PT-DiT/XL fused"] < times["PT-DiT/XL"]

@@ -5,7 +5,7 @@ import itertools
 from functools import partial
 from pathlib import Path
 
-from ptattn.bench.clocks import Prepared, Rates, Timing
+from ptattn.bench.clocks import Rates, Timing
 from ptattn.bench.harness import Bench
 from ptattn.bench.model_run import ModelWorkload
 from ptattn.bench.results import Result, Row
@@ -28,7 +28,7 @@ class FakeClock:
 
     def prepare(self, run, first=None):
         run()
-        return Prepared(partial(self.sample, run))
+        return partial(self.sample, run), []
 
     def sample(self, run):
         run()
@@ -36,13 +36,16 @@ class FakeClock:
 
 
 class Watch:
-    """Remembers in how many seconds all were expected to be done."""
+    """Remembers in how many seconds all were expected to be done, and the rows."""
 
     def __init__(self):
-        self.left = []
+        self.left, self.rows = [], []
 
     def start(self, workload, left):
         self.left.append(left)
+
+    def finish(self, rows):
+        self.rows += rows
 
 
 def bench(**changes):
