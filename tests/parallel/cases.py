@@ -247,14 +247,21 @@ def in_autocast(mesh: Any) -> dict[str, float]:
     return {name: found[name] for name in ("output", "latents.grad", "all")}
 
 
-def compiled(mesh: Any) -> dict[str, float]:
+def compiled(mesh: Any, backend: str) -> dict[str, float]:
+    """By torch's defaults, of one size after the other: the worst of them."""
     made = randomized(PTDiT(ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT))).double()
-    given = inputs("two-axes", torch.float64)
-    gold = measured(made, **given)
+    first = inputs("two-axes", torch.float64)
+    sizes = [torch.cat([first["latents"]] * n, dim) for n, dim in ((1, 3), (2, 3), (2, 4))]
+    given = [{**first, "latents": latents} for latents in sizes]
+    golds = [measured(made, **own) for own in given]
     torch._dynamo.reset()
-    split_tokens(made, mesh)
-    ours = measured(torch.compile(made, backend="aot_eager", dynamic=False), **given)
-    return differences({n.removeprefix("_orig_mod."): t for n, t in ours.items()}, gold)
+    ours = torch.compile(split_tokens(made, mesh), backend=backend)
+    worst: dict[str, float] = {}
+    for own, gold in zip(given, golds, strict=True):
+        found = {n.removeprefix("_orig_mod."): t for n, t in measured(ours, **own).items()}
+        for name, value in differences(found, gold).items():
+            worst[name] = max(value, worst.get(name, 0.0))
+    return worst
 
 
 def in_ddp(mesh: Any) -> dict[str, float]:
