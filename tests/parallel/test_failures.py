@@ -4,6 +4,7 @@ import copy
 import datetime
 import os
 import pickle
+import re
 import time
 
 import pytest
@@ -62,6 +63,13 @@ def call_without_gradients(mesh, off):
     made, given = split_tokens(cases.model("image"), mesh), cases.inputs("image")
     with torch.set_grad_enabled(not off):
         made(**given)
+
+
+def call_partly_frozen(mesh, layer):
+    """As many parameters on both ranks."""
+    made, given = split_tokens(cases.model("image"), mesh), cases.inputs("image")
+    made.blocks[layer].requires_grad_(False)
+    made(**given)
 
 
 def split_other_weights(mesh, seed):
@@ -141,6 +149,12 @@ def test_other_inputs_on_one_rank(two, change, message):
 def test_gradients_on_one_rank_alone(two):
     for error in two(call_without_gradients, each=[False, True]):
         assert "mode: training, grad on rank 0, training, no grad on rank 1" in str(error)
+
+
+def test_other_parameters_frozen_on_one_rank(two):
+    """Gradients of different parameters would be averaged."""
+    for error in two(call_partly_frozen, each=[0, 1]):
+        assert re.search(r"parameters: (\d+) trained, .* on rank 0, \1 trained, .* 1$", str(error))
 
 
 def test_other_weights_on_one_rank(two):

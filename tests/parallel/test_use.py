@@ -1,6 +1,7 @@
 """Splits where they are used: training, sampling, the pipeline."""
 
 import dataclasses
+import io
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +41,13 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from ptattn.train import config, loop
+draw, split = loop.draw, []
+def recorded(model, *args, **options):
+    split.append(model.token_split is not None)
+    return draw(model, *args, **options)
+loop.draw = recorded
 records = loop.train(config.parse(json.loads(sys.argv[1])), sys.argv[2])
+assert split == [json.loads(sys.argv[1]).get("token_ranks", 1) > 1]
 print(json.dumps([record.loss for record in records]))
 """
 
@@ -73,14 +81,27 @@ def losses(folder, number, **changes):
     return json.loads(launched(number, "-c", TRAIN, json.dumps(raw), folder))
 
 
+def picture(folder):
+    """The last of a run, as it wrote it for tensorboard."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    encoded = events.Images("samples")[-1].encoded_image_string
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)))).int()
+
+
 def test_training_on_two_processes_that_share_every_video(tmp_path):
-    """The losses of one process; and another number of ranks goes on where these have stopped."""
+    """The losses and the pictures of one process."""
     from ptattn.train import loop
 
     alone = [record.loss for record in loop.train(configs.parse(CLIPS), tmp_path / "alone")]
     assert len(alone) == 3
     together = losses(tmp_path / "together", 2, token_ranks=2)
     assert together == pytest.approx(alone, rel=1e-5)
+    whole, split = (picture(tmp_path / name) for name in ("alone", "together"))
+    assert whole.float().std() > 1
+    torch.testing.assert_close(split, whole, atol=1, rtol=0)  # of 255: both are rounded
 
 
 @pytest.mark.long
