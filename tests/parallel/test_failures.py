@@ -117,7 +117,7 @@ def end_before_a_call(mesh, ends):
 def miss_a_call(mesh, misses):
     made = split_tokens(cases.model("video"), mesh)
     if misses:
-        time.sleep(4)
+        time.sleep(3)
         raise KeyError("something of this rank's own")
     made(**cases.inputs("video"))
 

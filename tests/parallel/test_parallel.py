@@ -13,6 +13,11 @@ from tests.parallel import cases
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
+few = pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4))], indirect=True
+)
+
+
 def assert_close(results, limit=LIMITS[torch.float64]):
     for rank, result in enumerate(results):
         for case, differences in result.items():
@@ -35,11 +40,12 @@ def test_models_in_float32(ranks):
     assert_close(ranks.all(cases.compare, able(ranks), torch.float32), LIMITS[torch.float32])
 
 
-def test_a_model_in_float32(ranks):
-    results = ranks.all(cases.compare, ["classes-ragged", "video"], torch.float32)
+def test_a_model_in_float32(two):
+    results = two.all(cases.compare, ["classes-ragged", "video"], torch.float32)
     assert_close(results, LIMITS[torch.float32])
 
 
+@few
 def test_proxy_attention_split_as_it_is_whole(ranks):
     assert_close(ranks.all(cases.compare_attention))
 
@@ -59,6 +65,7 @@ COMBINED = {
 }
 
 
+@few
 @pytest.mark.parametrize("name", COMBINED)
 def test_a_split_combined(ranks, name):
     function, options = COMBINED[name]
@@ -72,18 +79,18 @@ def test_every_backend(two, backend):
     assert_close([{backend: found} for found in two.all(cases.on_backend, backend)])
 
 
+@few
 def test_autocast(ranks):
     """In bfloat16, whose rounding error is 0.004."""
     assert_close([{"autocast": found} for found in ranks.all(cases.in_autocast)], 0.01)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(two, backend):
+def test_compiled(two):
     """A first, a second and a third size, each a graph of its own: of numbers that are symbols the
     second took minutes. What is exchanged within blocks is in it; a call's begin and end are not.
     """
-    assert_close([{backend: found} for found in two.all(cases.compiled, backend)])
+    assert_close([{"compiled": found} for found in two.all(cases.compiled)])
 
 
 @pytest.mark.long

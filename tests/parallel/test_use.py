@@ -39,17 +39,44 @@ CLIPS = {
 TRAIN = """
 import json, sys
 import torch
+from tests.parallel import test_use
 torch.set_num_threads(1)
-from ptattn.train import config, loop
-draw, split = loop.draw, []
-def recorded(model, *args, **options):
-    split.append(model.token_split is not None)
-    return draw(model, *args, **options)
-loop.draw = recorded
-records = loop.train(config.parse(json.loads(sys.argv[1])), sys.argv[2])
-assert split == [json.loads(sys.argv[1]).get("token_ranks", 1) > 1]
-print(json.dumps([record.loss for record in records]))
+print(json.dumps(test_use.train(json.loads(sys.argv[1]), sys.argv[2])))
 """
+
+
+def train(raw, folder):
+    """The losses of a run."""
+    from ptattn.train import loop
+
+    return [record.loss for record in loop.train(configs.parse(raw), folder)]
+
+
+def train_together(mesh, raw, folder):
+    """The losses, and whether the model that drew the pictures was split."""
+    from ptattn.train import loop
+
+    whole, drawn = loop.draw, []
+
+    def draw(model, *args, **options):
+        drawn.append(model.token_split)
+        return whole(model, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw", draw)
+        for name, value in world(mesh.size(), mesh.get_rank(), port=0).items():
+            patch.setenv(name, value)
+        found = train(raw, folder)
+    return found, [split is not None for split in drawn]
+
+
+def world(number, rank, port):
+    """What torchrun says to each of its processes."""
+    own, size = str(rank), str(number)
+    return dict(
+        RANK=own, LOCAL_RANK=own, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
 
 
 def launched(number, *command):
@@ -57,11 +84,7 @@ def launched(number, *command):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = dict(
-        WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    ranks = [{**world, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(number)]
+    ranks = [world(number, i, port) for i in range(number)]
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -91,14 +114,14 @@ def picture(folder):
     return torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)))).int()
 
 
-def test_training_on_two_processes_that_share_every_video(tmp_path):
+def test_training_on_two_processes_that_share_every_video(two, tmp_path):
     """The losses and the pictures of one process."""
-    from ptattn.train import loop
-
-    alone = [record.loss for record in loop.train(configs.parse(CLIPS), tmp_path / "alone")]
+    alone = train(CLIPS, tmp_path / "alone")
     assert len(alone) == 3
-    together = losses(tmp_path / "together", 2, token_ranks=2)
-    assert together == pytest.approx(alone, rel=1e-5)
+    raw = {**CLIPS, "token_ranks": 2}
+    for together, split in two.all(train_together, raw, tmp_path / "together"):
+        assert together == pytest.approx(alone, rel=1e-5)
+        assert split == [True]
     whole, split = (picture(tmp_path / name) for name in ("alone", "together"))
     assert whole.float().std() > 1
     torch.testing.assert_close(split, whole, atol=1, rtol=0)  # of 255: both are rounded
