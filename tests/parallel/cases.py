@@ -173,6 +173,18 @@ def reentrant(mesh: Any) -> dict[str, float]:
     return _compare(mesh, Reentrant(), {"x": x})
 
 
+def in_anomaly_mode(mesh: Any) -> dict[str, float]:
+    """Every gradient is looked at for NaN, which memory is full of that nothing is written to."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            return _compare(
+                mesh, model("video", dtype=torch.float64), inputs("video", torch.float64)
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def on_backend(mesh: Any, backend: str) -> dict[str, float]:
     config = ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT)
     made = randomized(PTDiT(config, backend=backend)).double()

@@ -54,6 +54,7 @@ COMBINED = {
     "checkpointed": (cases.checkpointed, {}),
     "checkpointed-but-attention": (cases.checkpointed, dict(keep_attention=True)),
     "checkpointed-reentrant": (cases.reentrant, {}),
+    "anomaly-mode": (cases.in_anomaly_mode, {}),
     "fused": (cases.fused, {}),
     "accumulated": (cases.accumulated, {}),
     "any-batch": (cases.of_any_batch, {}),
