@@ -130,16 +130,18 @@ class TokenSplit:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a model split by split_tokens cannot be captured in a CUDA graph")
-        if part.training:
-            _refuse_dropout(part)
-        said = {"mode": f"{_on(part.training, 'training')}, {_on(torch.is_grad_enabled(), 'grad')}"}
-        trained = tuple(p.requires_grad for p in part.parameters())
-        said["parameters"] = f"{sum(trained)} trained, of checksum {hash(trained)}"
+        grad = torch.is_grad_enabled()
+        said = {"mode": f"{_on(part.training, 'training')}, {_on(grad, 'grad')}"}
+        if grad:
+            trained = tuple(p.requires_grad for p in part.parameters())
+            said["parameters"] = f"{sum(trained)} trained, of checksum {hash(trained)}"
         for name, value in inputs.items():
             for path, leaf in tree_flatten_with_path(value)[0]:
                 said[name + keystr(path)] = _said(leaf, look=part not in self._compared)
         self.agreement.check(f"a call of {type(part).__name__}", said)
         self._compared.add(part)
+        if part.training:  # so are the others, and raise too
+            _refuse_dropout(part)
 
     @torch.compiler.disable(recursive=False)
     def share(

@@ -89,6 +89,12 @@ def call_with_dropout(mesh):
     made.train()(**cases.inputs("image"))
 
 
+def call_in_another_mode(mesh, training):
+    made = cases.model("image")
+    made.condition.caption.append(nn.Dropout(0.1))
+    split_tokens(made, mesh).train(training)(**cases.inputs("image"))
+
+
 def call_on_too_few_windows(mesh):
     split_tokens(cases.model("image"), mesh)(torch.randn(1, 4, 4, 4), torch.ones(1))
 
@@ -173,6 +179,12 @@ def test_a_rank_outside_the_mesh(two):
 def test_dropout_in_training(two):
     for error in two(call_with_dropout):
         assert "condition.caption.3 drops out in training" in str(error)
+
+
+def test_another_mode_on_one_rank(two):
+    """It drops out, and is not the only one to raise."""
+    for error in two(call_in_another_mode, each=[False, True]):
+        assert "mode: no training, grad on rank 0, training, grad on rank 1" in str(error)
 
 
 def test_more_ranks_than_windows(two):
