@@ -23,7 +23,7 @@ from ptattn.train import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = {
-    "data": {"source": "clips", "size": [16, 24], "frames": 4},
+    "data": {"source": "tests.parallel.test_use:videos", "size": [16, 24], "frames": 4},
     "model": {
         "depth": 2, "dim": 32, "num_heads": 2, "patch_size": 2, "window": [2, 2, 2],
         "in_channels": 3, "out_channels": 6, "caption_channels": 256,
@@ -35,6 +35,16 @@ CLIPS = {
     "sample_every": 100,
     "samples": {"count": 1, "steps": 2},
 }  # fmt: skip
+
+
+def videos(config):
+    """Noise under captions: nothing is read or decoded."""
+    from ptattn.train.data import Dataset
+
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (8, *config.shape), dtype=torch.uint8, generator=random)
+    return Dataset([f"video {i}" for i in range(8)], lambda i: pixels[i])
+
 
 TRAIN = """
 import json, sys
