@@ -107,10 +107,16 @@ class ProxyAttention(nn.Module):
         proxies, windows = window_grid(grid, self.proxy_window), window_grid(grid, self.window)
         if self.token_split is None:
             return self._attend(tokens, proxies, windows).view(x.shape)
-        own_proxies, own = self.token_split.shares(proxies, windows)
-        box = self.token_split.cut(tokens.unflatten(1, tuple(windows.grid)), own, first=1)
-        out = self._attend(box.flatten(1, 3), own_proxies, own).unflatten(1, tuple(own.grid))
-        return self.token_split.join(out, own, first=1, of=self).view(x.shape)
+        box = tokens.unflatten(1, tuple(windows.grid))
+        out = self.token_split.share(
+            self, self._attend_box, (proxies, windows), box, first=1,
+            compiled=torch.compiler.is_compiling(),
+        )  # fmt: skip
+        return out.view(x.shape)
+
+    def _attend_box(self, proxies: WindowGrid, windows: WindowGrid, box: Tensor) -> Tensor:
+        """What to add to a rank's box of tokens (B, f, h, w, C)."""
+        return self._attend(box.flatten(1, 3), proxies, windows).view(box.shape)
 
     def _attend(self, tokens: Tensor, proxies: WindowGrid, windows: WindowGrid) -> Tensor:
         """What to add to tokens (B, N, C)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid
@@ -141,15 +142,20 @@ class PTDiT(Captioned, nn.Module):
 
     def _predict(self, latents: Tensor, timestep: Tensor, caption: Any, *others: Any) -> Tensor:
         """Of checked inputs, latents (B, C, F, H, W)."""
-        split, patch = self.token_split, self.model_config.patch_size
-        proxies, windows = self.model_config.window_grids(self.patch_embed.grid(latents))
-        if split is not None:
-            own_proxies, own = split.shares(proxies, windows)
-            proxies, windows = own_proxies, own
-            latents = split.cut(latents, own, first=2, scale=patch)
-            timestep, caption = split.same((timestep, caption), own)
-        condition = self.condition(timestep, caption, *others)
+        grids = self.model_config.window_grids(self.patch_embed.grid(latents))
+        given = (latents, timestep, caption, *others)
+        if self.token_split is None:
+            return self._within(*grids, *given)
+        return self.token_split.share(
+            self, self._within, grids, *given, first=2, scale=self.model_config.patch_size,
+            compiled=torch.compiler.is_compiling(),
+        )  # fmt: skip
+
+    def _within(
+        self, proxies: WindowGrid, windows: WindowGrid, latents: Tensor, *condition: Any
+    ) -> Tensor:
+        """Within the windows of the whole grid, or within a rank's share of them."""
+        prepared = self.condition(*condition)
         x, grid = self.patch_embed(latents, windows)
-        stream = self.blocks(Residual(x), condition, proxies, windows)
-        x = self.output(stream, grid, condition)
-        return x if split is None else split.join(x, own, first=2, scale=patch, of=self)
+        stream = self.blocks(Residual(x), prepared, proxies, windows)
+        return self.output(stream, grid, prepared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -20,9 +22,12 @@ from ..memo import Memo
 from .agreement import Agreement, bits
 from .exchange import cut_input, gather_output, same_input
 from .gradients import average
-from .shares import Share, find_cut
+from .shares import Cut, Share, find_cut
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# As torch.compile(dynamic=False) sets it.
+_STATIC = {"automatic_dynamic_shapes": False, "assume_static_by_default": True}
 
 
 def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
@@ -109,7 +114,7 @@ class TokenSplit:
         self.ranks, self.rank = group.size(), mesh.get_local_rank()
         self.group, self.members = group.group_name, dist.get_process_group_ranks(group)
         self.agreement = Agreement(group)
-        self._shares: Memo[tuple[Share, Share]] = Memo()
+        self._known: Memo[tuple[Share, Share]] = Memo()
         # Parts of which values were compared: once, where looking at them waits for a GPU.
         self._compared = WeakSet[nn.Module]()
         # By the number of a backward pass that goes on; a reentrant checkpoint's is within another.
@@ -125,45 +130,72 @@ class TokenSplit:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a model split by split_tokens cannot be captured in a CUDA graph")
-        if part.training:
-            _refuse_dropout(part)
-        said = {"mode": f"{_on(part.training, 'training')}, {_on(torch.is_grad_enabled(), 'grad')}"}
+        grad = torch.is_grad_enabled()
+        said = {"mode": f"{_on(part.training, 'training')}, {_on(grad, 'grad')}"}
+        if grad:
+            trained = tuple(p.requires_grad for p in part.parameters())
+            said["parameters"] = f"{sum(trained)} trained, of checksum {hash(trained)}"
         for name, value in inputs.items():
             for path, leaf in tree_flatten_with_path(value)[0]:
                 said[name + keystr(path)] = _said(leaf, look=part not in self._compared)
         self.agreement.check(f"a call of {type(part).__name__}", said)
         self._compared.add(part)
+        if part.training:  # so are the others, and raise too
+            _refuse_dropout(part)
+
+    @torch.compiler.disable(recursive=False)
+    def share(
+        self,
+        part: nn.Module,
+        compute: Callable[..., Tensor],
+        grids: tuple[WindowGrid, WindowGrid],
+        x: Tensor,
+        *whole: Any,
+        first: int,
+        scale: int = 1,
+        compiled: bool,
+    ) -> Tensor:
+        """compute(proxies, windows, x, *whole) of this rank's part, joined with the others'.
+
+        Args:
+            part: whose call this is.
+            compute: takes this rank's share of both grids and its box of x, and gives the same box
+                of the output.
+            grids: of the whole: of proxies and of windows.
+            x: what all ranks have; its frames, rows and columns are dimensions `first` on.
+            whole: what every rank takes whole: tensors, alone or within others.
+            scale: rows and columns of x per token.
+            compiled: whether the caller is.
+        """
+        proxies, windows = self._shares(*grids)
+        cut = windows.cut.scaled(1, scale, scale)
+        box, given = self._cut(x, whole, windows, cut, first)
+        # A plan is for one grid: with its numbers as symbols, a second one takes minutes to trace.
+        static = torch._dynamo.config.patch(_STATIC) if compiled else nullcontext()
+        with static:
+            out = compute(proxies, windows, box, *given)
+        return self._join(out, windows, cut, first, part)
 
     @torch.compiler.disable
-    def shares(self, proxies: WindowGrid, windows: WindowGrid) -> tuple[Share, Share]:
+    def _shares(self, proxies: WindowGrid, windows: WindowGrid) -> tuple[Share, Share]:
         """This rank's windows of both kinds, of those of the whole grid."""
-        found = self._shares.get((proxies, windows))
+        found = self._known.get((proxies, windows))
         if found is None:
             cut = find_cut(windows, proxies, self.ranks)
             own = [Share.of(grid, cut, self.rank, self.group) for grid in (proxies, windows)]
-            found = self._shares.keep((proxies, windows), (own[0], own[1]))
+            found = self._known.keep((proxies, windows), (own[0], own[1]))
         return found
 
     @torch.compiler.disable
-    def cut(self, x: Tensor, share: Share, first: int, scale: int = 1) -> Tensor:
-        """This rank's box of a tensor that all ranks have.
-
-        Args:
-            x: its frames, rows and columns are dimensions `first` on.
-            scale: rows and columns per token.
-        """
-        return cut_input(x, share.cut.scaled(1, scale, scale), share, first)
+    def _cut(self, x: Tensor, whole: Any, share: Share, cut: Cut, first: int) -> Any:
+        """This rank's box of x, and what it takes whole."""
+        same = tree_map_only(Tensor, lambda t: same_input(t, share), whole)
+        return cut_input(x, cut, share, first), same
 
     @torch.compiler.disable
-    def same(self, tree: Any, share: Share) -> Any:
-        """Tensors that every rank takes whole."""
-        return tree_map_only(Tensor, lambda t: same_input(t, share), tree)
-
-    @torch.compiler.disable
-    def join(self, x: Tensor, share: Share, first: int, scale: int = 1, *, of: nn.Module) -> Tensor:
-        """The whole of what `cut` has divided; `of` is the module whose call ends here."""
-        then = partial(self._begin_backward, of)
-        return gather_output(x, share.cut.scaled(1, scale, scale), share, first, then)
+    def _join(self, x: Tensor, share: Share, cut: Cut, first: int, part: nn.Module) -> Tensor:
+        """The whole of what was cut; the call of `part` ends here."""
+        return gather_output(x, cut, share, first, partial(self._begin_backward, part))
 
     def _begin_backward(self, part: nn.Module) -> None:
         """Average the gradients of a part's parameters once this backward pass is over."""

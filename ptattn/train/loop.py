@@ -118,7 +118,9 @@ class Trainer:
         if together > 1:
             shape, names = (processes // together, together), ("data", "tokens")
             mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-            split_tokens(self.state.model, mesh["tokens"])
+            for model in (self.state.model, self.state.ema.module):
+                split_tokens(model, mesh["tokens"])
+        self.draws = rank < together
         return rank // together, processes // together
 
     def begin(self) -> None:
@@ -203,11 +205,13 @@ class Trainer:
             ) from error
 
     def show(self) -> None:
-        """Draw pictures with the averaged weights."""
-        if not self.first:
+        """Draw pictures with the averaged weights, all processes that share an example's tokens."""
+        if not self.draws:
             return
         conditions = examples(self.data, self.config)
         pictures = draw(self.state.ema.module, self.config, conditions, device=self.device)
+        if not self.first:
+            return
         names = name_conditions(conditions, self.data.classes)
         path = self.folder / "samples" / f"step-{self.state.step:07}"
         path = save_grid(pictures, names, path)

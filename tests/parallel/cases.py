@@ -173,6 +173,16 @@ def reentrant(mesh: Any) -> dict[str, float]:
     return _compare(mesh, Reentrant(), {"x": x})
 
 
+def in_anomaly_mode(mesh: Any) -> dict[str, float]:
+    """Every gradient is looked at for NaN, which memory is full of that nothing is written to."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            return compare(mesh, ["image"], torch.float64)["image"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def on_backend(mesh: Any, backend: str) -> dict[str, float]:
     config = ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT)
     made = randomized(PTDiT(config, backend=backend)).double()
@@ -248,13 +258,20 @@ def in_autocast(mesh: Any) -> dict[str, float]:
 
 
 def compiled(mesh: Any) -> dict[str, float]:
+    """By torch's defaults, of one size after the other: the worst of them."""
     made = randomized(PTDiT(ModelConfig(1, 32, 2, window=(1, 4, 4), **TEXT))).double()
-    given = inputs("two-axes", torch.float64)
-    gold = measured(made, **given)
+    first = inputs("two-axes", torch.float64)
+    sizes = [torch.cat([first["latents"]] * n, dim) for n, dim in ((1, 3), (2, 3), (2, 4))]
+    given = [{**first, "latents": latents} for latents in sizes]
+    golds = [measured(made, **own) for own in given]
     torch._dynamo.reset()
-    split_tokens(made, mesh)
-    ours = measured(torch.compile(made, backend="aot_eager", dynamic=False), **given)
-    return differences({n.removeprefix("_orig_mod."): t for n, t in ours.items()}, gold)
+    ours = torch.compile(split_tokens(made, mesh), backend="aot_eager")
+    worst: dict[str, float] = {}
+    for own, gold in zip(given, golds, strict=True):
+        found = {n.removeprefix("_orig_mod."): t for n, t in measured(ours, **own).items()}
+        for name, value in differences(found, gold).items():
+            worst[name] = max(value, worst.get(name, 0.0))
+    return worst
 
 
 def in_ddp(mesh: Any) -> dict[str, float]:

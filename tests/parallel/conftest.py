@@ -1,11 +1,11 @@
-"""Ranks that the tests of a file share."""
+"""Ranks that tests share."""
 
 import pytest
 
 from tests.parallel.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def started():
     """Ranks by their number, started when first asked for."""
     found = {}

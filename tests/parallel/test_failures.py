@@ -4,6 +4,7 @@ import copy
 import datetime
 import os
 import pickle
+import re
 import time
 
 import pytest
@@ -64,6 +65,13 @@ def call_without_gradients(mesh, off):
         made(**given)
 
 
+def call_partly_frozen(mesh, layer):
+    """As many parameters on both ranks."""
+    made, given = split_tokens(cases.model("image"), mesh), cases.inputs("image")
+    made.blocks[layer].requires_grad_(False)
+    made(**given)
+
+
 def split_other_weights(mesh, seed):
     torch.manual_seed(seed)
     split_tokens(ptattn.ProxyAttention(32, 2), mesh)
@@ -79,6 +87,12 @@ def call_with_dropout(mesh):
     split_tokens(made, mesh)
     made.eval()(**cases.inputs("image"))
     made.train()(**cases.inputs("image"))
+
+
+def call_in_another_mode(mesh, training):
+    made = cases.model("image")
+    made.condition.caption.append(nn.Dropout(0.1))
+    split_tokens(made, mesh).train(training)(**cases.inputs("image"))
 
 
 def call_on_too_few_windows(mesh):
@@ -109,7 +123,7 @@ def end_before_a_call(mesh, ends):
 def miss_a_call(mesh, misses):
     made = split_tokens(cases.model("video"), mesh)
     if misses:
-        time.sleep(4)
+        time.sleep(3)
         raise KeyError("something of this rank's own")
     made(**cases.inputs("video"))
 
@@ -143,6 +157,12 @@ def test_gradients_on_one_rank_alone(two):
         assert "mode: training, grad on rank 0, training, no grad on rank 1" in str(error)
 
 
+def test_other_parameters_frozen_on_one_rank(two):
+    """Gradients of different parameters would be averaged."""
+    for error in two(call_partly_frozen, each=[0, 1]):
+        assert re.search(r"parameters: (\d+) trained, .* on rank 0, \1 trained, .* 1$", str(error))
+
+
 def test_other_weights_on_one_rank(two):
     for error in two(split_other_weights, each=[0, 1]):
         assert "the model given to split_tokens must be the same on all ranks" in str(error)
@@ -159,6 +179,12 @@ def test_a_rank_outside_the_mesh(two):
 def test_dropout_in_training(two):
     for error in two(call_with_dropout):
         assert "condition.caption.3 drops out in training" in str(error)
+
+
+def test_another_mode_on_one_rank(two):
+    """It drops out, and is not the only one to raise."""
+    for error in two(call_in_another_mode, each=[False, True]):
+        assert "mode: no training, grad on rank 0, training, grad on rank 1" in str(error)
 
 
 def test_more_ranks_than_windows(two):

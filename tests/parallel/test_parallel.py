@@ -13,6 +13,11 @@ from tests.parallel import cases
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
+few = pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4))], indirect=True
+)
+
+
 def assert_close(results, limit=LIMITS[torch.float64]):
     for rank, result in enumerate(results):
         for case, differences in result.items():
@@ -26,6 +31,7 @@ def able(ranks):
     return found
 
 
+@few
 def test_models_split_as_they_are_whole(ranks):
     assert_close(ranks.all(cases.compare, able(ranks), torch.float64))
 
@@ -40,6 +46,7 @@ def test_a_model_in_float32(ranks):
     assert_close(results, LIMITS[torch.float32])
 
 
+@few
 def test_proxy_attention_split_as_it_is_whole(ranks):
     assert_close(ranks.all(cases.compare_attention))
 
@@ -59,6 +66,7 @@ COMBINED = {
 }
 
 
+@few
 @pytest.mark.parametrize("name", COMBINED)
 def test_a_split_combined(ranks, name):
     function, options = COMBINED[name]
@@ -72,6 +80,7 @@ def test_every_backend(two, backend):
     assert_close([{backend: found} for found in two.all(cases.on_backend, backend)])
 
 
+@few
 def test_autocast(ranks):
     """In bfloat16, whose rounding error is 0.004."""
     assert_close([{"autocast": found} for found in ranks.all(cases.in_autocast)], 0.01)
@@ -79,8 +88,16 @@ def test_autocast(ranks):
 
 @pytest.mark.long
 def test_compiled(two):
-    """What is exchanged within blocks is a part of the graph; a call's begin and end are not."""
+    """A first, a second and a third size, each a graph of its own: of numbers that are symbols the
+    second took minutes. What is exchanged within blocks is in it; a call's begin and end are not.
+    """
     assert_close([{"compiled": found} for found in two.all(cases.compiled)])
+
+
+@pytest.mark.long
+def test_anomaly_mode(two):
+    """It once looked at gradients that were still on their way."""
+    assert_close([{"anomaly mode": found} for found in two.all(cases.in_anomaly_mode)])
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Splits where they are used: training, sampling, the pipeline."""
 
 import dataclasses
+import io
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ from ptattn.train import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = {
-    "data": {"source": "clips", "size": [16, 24], "frames": 4},
+    "data": {"source": "tests.parallel.test_use:videos", "size": [16, 24], "frames": 4},
     "model": {
         "depth": 2, "dim": 32, "num_heads": 2, "patch_size": 2, "window": [2, 2, 2],
         "in_channels": 3, "out_channels": 6, "caption_channels": 256,
@@ -34,14 +36,57 @@ CLIPS = {
     "samples": {"count": 1, "steps": 2},
 }  # fmt: skip
 
+
+def videos(config):
+    """Noise under captions: nothing is read or decoded."""
+    from ptattn.train.data import Dataset
+
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (8, *config.shape), dtype=torch.uint8, generator=random)
+    return Dataset([f"video {i}" for i in range(8)], lambda i: pixels[i])
+
+
 TRAIN = """
 import json, sys
 import torch
+from tests.parallel import test_use
 torch.set_num_threads(1)
-from ptattn.train import config, loop
-records = loop.train(config.parse(json.loads(sys.argv[1])), sys.argv[2])
-print(json.dumps([record.loss for record in records]))
+print(json.dumps(test_use.train(json.loads(sys.argv[1]), sys.argv[2])))
 """
+
+
+def train(raw, folder):
+    """The losses of a run."""
+    from ptattn.train import loop
+
+    return [record.loss for record in loop.train(configs.parse(raw), folder)]
+
+
+def train_together(mesh, raw, folder):
+    """The losses, and whether the model that drew the pictures was split."""
+    from ptattn.train import loop
+
+    whole, drawn = loop.draw, []
+
+    def draw(model, *args, **options):
+        drawn.append(model.token_split)
+        return whole(model, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw", draw)
+        for name, value in world(mesh.size(), mesh.get_rank(), port=0).items():
+            patch.setenv(name, value)
+        found = train(raw, folder)
+    return found, [split is not None for split in drawn]
+
+
+def world(number, rank, port):
+    """What torchrun says to each of its processes."""
+    own, size = str(rank), str(number)
+    return dict(
+        RANK=own, LOCAL_RANK=own, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
 
 
 def launched(number, *command):
@@ -49,11 +94,7 @@ def launched(number, *command):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = dict(
-        WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    ranks = [{**world, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(number)]
+    ranks = [world(number, i, port) for i in range(number)]
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -73,14 +114,27 @@ def losses(folder, number, **changes):
     return json.loads(launched(number, "-c", TRAIN, json.dumps(raw), folder))
 
 
-def test_training_on_two_processes_that_share_every_video(tmp_path):
-    """The losses of one process; and another number of ranks goes on where these have stopped."""
-    from ptattn.train import loop
+def picture(folder):
+    """The last of a run, as it wrote it for tensorboard."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    alone = [record.loss for record in loop.train(configs.parse(CLIPS), tmp_path / "alone")]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    encoded = events.Images("samples")[-1].encoded_image_string
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)))).int()
+
+
+def test_training_on_two_processes_that_share_every_video(two, tmp_path):
+    """The losses and the pictures of one process."""
+    alone = train(CLIPS, tmp_path / "alone")
     assert len(alone) == 3
-    together = losses(tmp_path / "together", 2, token_ranks=2)
-    assert together == pytest.approx(alone, rel=1e-5)
+    raw = {**CLIPS, "token_ranks": 2}
+    for together, split in two.all(train_together, raw, tmp_path / "together"):
+        assert together == pytest.approx(alone, rel=1e-5)
+        assert split == [True]
+    whole, split = (picture(tmp_path / name) for name in ("alone", "together"))
+    assert whole.float().std() > 1
+    torch.testing.assert_close(split, whole, atol=1, rtol=0)  # of 255: both are rounded
 
 
 @pytest.mark.long
