@@ -48,8 +48,9 @@ def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
 
     Raises:
         TypeError: no DeviceMesh.
-        ValueError: a mesh of several dimensions, of another device type than the model or without
-            this rank; nothing in the model to split; other weights on other ranks.
+        ValueError: a mesh of several dimensions, of another device type than the model, without
+            this rank, or of GPUs with gloo; nothing in the model to split; other weights on other
+            ranks.
         RuntimeError: split already, or no process group.
 
     Examples:
@@ -80,6 +81,11 @@ def split_tokens(model: Model, mesh: DeviceMesh) -> Model:
         raise ValueError(
             f"this rank, {dist.get_rank()}, is not of the mesh, whose ranks are "
             f"{mesh.mesh.tolist()}: those alone call split_tokens"
+        )
+    if mesh.device_type != "cpu" and _backend(mesh) == "gloo":
+        raise ValueError(
+            f"ranks on {mesh.device_type} need a backend for it, such as nccl; got gloo, whose "
+            "collectives of GPU tensors have crashed"
         )
     made = TokenSplit(mesh)
     made.agreement.check("the model given to split_tokens", _described(model))
@@ -216,6 +222,12 @@ class TokenSplit:
 
     def __reduce__(self) -> Any:
         raise TypeError("a split model cannot be pickled: join_tokens(model) first")
+
+
+def _backend(mesh: DeviceMesh) -> str | None:
+    """Of the collectives of its device."""
+    config = dist.get_backend_config(mesh.get_group())  # such as "cpu:gloo,cuda:nccl"
+    return dict(part.split(":") for part in config.split(",")).get(mesh.device_type)
 
 
 def _parts(model: nn.Module) -> list[Any]:

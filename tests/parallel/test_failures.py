@@ -251,6 +251,12 @@ def test_a_mesh_of_another_device(alone):
         split_tokens(cases.model("image"), mesh)
 
 
+def test_gpus_with_gloo(alone):
+    mesh = DeviceMesh.from_group(dist.group.WORLD, "cuda")
+    with pytest.raises(ValueError, match=r"ranks on cuda need .* such as nccl; got gloo"):
+        split_tokens(cases.model("image").to("meta"), mesh)
+
+
 def test_nothing_to_split(alone):
     dit = DiT(ModelConfig(1, 32, 2, caption_channels=None, num_classes=3))
     for function in (lambda: split_tokens(dit, alone), lambda: join_tokens(dit)):
