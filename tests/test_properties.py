@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import ptattn
 from ptattn.geometry import WindowGrid
 
-BACKENDS = ("reference", "sdpa", "triton")
+# The interpreted kernels are held on many grids in tests/kernels too.
+BACKENDS = ("reference", "sdpa", pytest.param("triton", marks=pytest.mark.long))
 OPS = ("window_mean", "attention", "window_attention")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_op = pytest.mark.parametrize("op", OPS)

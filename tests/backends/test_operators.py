@@ -83,6 +83,7 @@ def test_opcheck_norm(batch, layout, with_means):
     opcheck(OPS.norm_backward.default, (x, y, gate, scale, *upstream, *geometry, 1e-6, need))
 
 
+@pytest.mark.long
 def test_one_graph_for_every_grid():
     """With gradients, dense and windowed, means and norms: nothing depends on one resolution."""
 

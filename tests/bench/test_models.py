@@ -215,7 +215,9 @@ def eight_bits(own, scale):
     return dataclasses.replace(own, module=module, quantized=True, for_inference=True)
 
 
-@pytest.mark.parametrize(("scale", "limit"), [(1.0, 0.2), (2.0, None)])
+@pytest.mark.parametrize(
+    ("scale", "limit"), [(1.0, 0.2), pytest.param(2.0, None, marks=pytest.mark.long)]
+)
 def test_fp8_shows_its_error_up_to_a_limit(scale, limit, device, monkeypatch):
     monkeypatch.setattr(Model, "fp8", lambda own: eight_bits(own, scale))
     rows = workload("block", "forward", "pt-dit-s-class", quantized=True).measure(bench())

@@ -89,6 +89,7 @@ print(json.dumps([[orders(c, False), orders(c, True)] for c in (640, 1152)]))
 """
 
 
+@pytest.mark.long
 def test_a_norm_adds_its_rows_in_one_order_with_and_without_a_residual():
     """A backward makes a norm again from the sum, and takes it for the same bits."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

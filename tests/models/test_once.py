@@ -184,7 +184,7 @@ def prepared(model, batch=2):
 
 
 @each_text_model
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("triton", marks=pytest.mark.long)])
 def test_a_prepared_caption_gives_the_same_bits(name, backend):
     model = tiny(name, backend=backend, depth=1 if backend == "triton" else 2)
     with torch.no_grad():
