@@ -108,10 +108,7 @@ class ProxyAttention(nn.Module):
         if self.token_split is None:
             return self._attend(tokens, proxies, windows).view(x.shape)
         box = tokens.unflatten(1, tuple(windows.grid))
-        out = self.token_split.share(
-            self, self._attend_box, (proxies, windows), box, first=1,
-            compiled=torch.compiler.is_compiling(),
-        )  # fmt: skip
+        out = self.token_split.share(self, self._attend_box, (proxies, windows), box, first=1)
         return out.view(x.shape)
 
     def _attend_box(self, proxies: WindowGrid, windows: WindowGrid, box: Tensor) -> Tensor:

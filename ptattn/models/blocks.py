@@ -124,13 +124,11 @@ class Mlp(nn.Sequential):
 
 def _in_epilogue(up: nn.Linear, gelu: nn.GELU, x: Tensor) -> bool:
     """Whether torch has one product for both: with tanh-GELU on NVIDIA GPUs alone, and in 16 bits,
-    whose rounding hides that its tanh is approximate. It has no gradient, no place in autocast and
-    in exported programs, and FLOP counters do not know it."""
+    whose rounding hides that its tanh is approximate. It has no gradient, no place in autocast, and
+    FLOP counters do not know it."""
     if not x.is_cuda or torch.version.hip is not None or gelu.approximate != "tanh":
         return False
-    if not is_plain(up) or up.bias is None or transformed():
-        return False
-    if torch.compiler.is_exporting() if torch.compiler.is_compiling() else intercepted():
+    if not is_plain(up) or up.bias is None or intercepted() or transformed():
         return False
     given = (x, up.weight, up.bias)
     if type(x) is not Tensor or x.dtype not in (torch.float16, torch.bfloat16):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..geometry import WindowGrid
@@ -147,8 +146,7 @@ class PTDiT(Captioned, nn.Module):
         if self.token_split is None:
             return self._within(*grids, *given)
         return self.token_split.share(
-            self, self._within, grids, *given, first=2, scale=self.model_config.patch_size,
-            compiled=torch.compiler.is_compiling(),
+            self, self._within, grids, *given, first=2, scale=self.model_config.patch_size
         )  # fmt: skip
 
     def _within(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -159,7 +158,6 @@ class TokenSplit:
         *whole: Any,
         first: int,
         scale: int = 1,
-        compiled: bool,
     ) -> Tensor:
         """compute(proxies, windows, x, *whole) of this rank's part, joined with the others'.
 
@@ -171,14 +169,12 @@ class TokenSplit:
             x: what all ranks have; its frames, rows and columns are dimensions `first` on.
             whole: what every rank takes whole: tensors, alone or within others.
             scale: rows and columns of x per token.
-            compiled: whether the caller is.
         """
         proxies, windows = self._shares(*grids)
         cut = windows.cut.scaled(1, scale, scale)
         box, given = self._cut(x, whole, windows, cut, first)
         # A plan is for one grid: with its numbers as symbols, a second one takes minutes to trace.
-        static = torch._dynamo.config.patch(_STATIC) if compiled else nullcontext()
-        with static:
+        with torch._dynamo.config.patch(_STATIC):  # where nothing is compiled, of no effect
             out = compute(proxies, windows, box, *given)
         return self._join(out, windows, cut, first, part)
 

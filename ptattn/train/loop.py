@@ -20,7 +20,7 @@ from .config import Config
 from .data import Conditions, batches, load
 from .log import Log
 from .pictures import grid, save_grid, still
-from .sampling import draw, examples, name_conditions
+from .sampling import as_pictures, examples, name_conditions, sample
 from .state import CLASSES, CONFIG, STATE, State, check_data, check_folder
 
 
@@ -205,13 +205,15 @@ class Trainer:
             ) from error
 
     def show(self) -> None:
-        """Draw pictures with the averaged weights, all processes that share an example's tokens."""
+        """Draw pictures with the averaged weights, all processes that share an example's tokens;
+        the first decodes and writes them."""
         if not self.draws:
             return
         conditions = examples(self.data, self.config)
-        pictures = draw(self.state.ema.module, self.config, conditions, device=self.device)
+        samples = sample(self.state.ema.module, self.config, conditions, device=self.device)
         if not self.first:
             return
+        pictures = as_pictures(samples, self.config)
         names = name_conditions(conditions, self.data.classes)
         path = self.folder / "samples" / f"step-{self.state.step:07}"
         path = save_grid(pictures, names, path)

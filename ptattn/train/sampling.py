@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,23 @@ def name_conditions(conditions: Sequence[int | str], classes: Sequence[str]) -> 
     return [classes[item] if isinstance(item, int) else item for item in conditions]
 
 
-def draw(
+def draw(model: nn.Module, config: Config, *args: Any, **options: Any) -> Tensor:
+    """Pictures of labels or captions; takes what `sample` takes.
+
+    Returns:
+        uint8 (n, C, H, W) or (n, C, F, H, W), on the CPU; of latents, what they decode to.
+    """
+    return as_pictures(sample(model, config, *args, **options), config)
+
+
+def as_pictures(samples: Tensor, config: Config) -> Tensor:
+    """What `draw` returns, of what `sample` does."""
+    if config.data.source == "latents":
+        return decode(samples, Path(config.data.folder or ""))
+    return samples.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+
+def sample(
     model: nn.Module,
     config: Config,
     conditions: Sequence[int | str],
@@ -39,7 +56,7 @@ def draw(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> Tensor:
-    """Pictures of labels or captions.
+    """What the model makes of labels or captions, before it is decoded.
 
     Args:
         model: of `config.model`, on `device`.
@@ -48,11 +65,11 @@ def draw(
         steps, guidance: by default those of `config.samples`, else the objective's.
 
     Returns:
-        uint8 (n, C, H, W) or (n, C, F, H, W), on the CPU; of latents, what they decode to.
+        float (n, *config.shape), on `device`.
     """
     seed = config.seed if seed is None else seed
     encode = Conditions(config)
-    pictures = []
+    found = []
     for first in range(0, len(conditions), config.batch_size):
         part = range(first, min(first + config.batch_size, len(conditions)))
         noise = [torch.randn(config.shape, generator=generator(seed, PICTURE, i)) for i in part]
@@ -73,7 +90,5 @@ def draw(
                 guidance=config.samples.guidance if guidance is None else guidance,
                 shift=config.noise_shift,
             )
-        pictures.append(x)
-    if config.data.source == "latents":
-        return decode(torch.cat(pictures), Path(config.data.folder or ""))
-    return torch.cat(pictures).add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+        found.append(x)
+    return torch.cat(found)

@@ -20,8 +20,8 @@ from tests.models.test_models import NAMES, condition_for, small
 
 # What takes long to trace, by one model at every change, and by the others in the long tests.
 BY_ONE = [
-    "pt-dit-s-class",
-    *(pytest.param(n, marks=pytest.mark.long) for n in NAMES if "s-class" not in n),
+    "pt-dit-xl",
+    *(pytest.param(name, marks=pytest.mark.long) for name in NAMES if name != "pt-dit-xl"),
 ]
 TINY = dict(dim=32, num_heads=2, window=(1, 2, 3))
 

@@ -30,6 +30,8 @@ def ranks(request, started):
 
 
 def _get(started, number):
+    if number in started and started[number].lost:  # what it still says would be taken for another
+        started.pop(number).close()
     if number not in started:
         started[number] = Ranks(number)
     return started[number]

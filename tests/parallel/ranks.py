@@ -25,7 +25,7 @@ class Ranks:
     """
 
     def __init__(self, number: int, timeout: float = TIMEOUT) -> None:
-        self.number = number
+        self.number, self.lost = number, False
         # Forked from a process that has imported all that takes seconds, and computed nothing.
         context: Any = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.parallel.cases"])
@@ -47,7 +47,9 @@ class Ranks:
         """`each` has what one rank alone gets, as its last argument."""
         for rank, pipe in enumerate(self.pipes):
             pipe.send((function, (*args, each[rank]) if each else args))
-        return [self._receive(pipe) for pipe in self.pipes]
+        results = [self._receive(pipe) for pipe in self.pipes]
+        self.lost = any(isinstance(r, TimeoutError | ProcessLookupError) for r in results)
+        return results
 
     def all(self, function: Any, *args: Any, each: Any = None) -> list[Any]:
         """As a call; the first exception is raised, with the traceback of its rank."""

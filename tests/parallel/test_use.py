@@ -66,14 +66,14 @@ def train_together(mesh, raw, folder):
     """The losses, and whether the model that drew the pictures was split."""
     from ptattn.train import loop
 
-    whole, drawn = loop.draw, []
+    whole, drawn = loop.sample, []
 
-    def draw(model, *args, **options):
+    def sample(model, *args, **options):
         drawn.append(model.token_split)
         return whole(model, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw", draw)
+        patch.setattr(loop, "sample", sample)
         for name, value in world(mesh.size(), mesh.get_rank(), port=0).items():
             patch.setenv(name, value)
         found = train(raw, folder)
