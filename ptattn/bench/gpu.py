@@ -21,7 +21,7 @@ from ..command_line import UsageError
 from . import clocks, harness, model_run, op_run, op_workloads, predict
 from .clocks import WallClock
 from .floor import FORWARD, TASKS, TRAINING
-from .harness import COMPILING_SECONDS, Bench, Workload, first_line
+from .harness import Bench, Workload, first_line
 from .model_run import ModelWorkload, model_workloads
 from .op_run import OperationWorkload
 from .options import add_budget, carry_out
@@ -36,8 +36,8 @@ SMALLER = (Size(256), Size(512), *IMAGES)
 PROCESSES = 16
 LONGEST = 120.0  # seconds of compiling
 SECONDS = 0.15  # for a task at a size, all implementations together
-# On an H200: seconds for each workload, and calls of each model in it.
-SETUP, CALLS = {"model": 3.0, "block": 1.5, "op": 0.9}, 60
+# On an H200: seconds for each workload, and calls of each model in it; to compile one of a block.
+SETUP, CALLS, COMPILE = {"model": 3.0, "block": 1.5, "op": 0.9}, 60, 5.0
 
 
 def stages(quantize: str | None = None) -> dict[str, Sequence[Workload]]:
@@ -78,7 +78,7 @@ def expected(workload: Workload) -> float:
         return SETUP["op"]
     rates = predict.DEVICES["h200"].rates
     calls = sum(workload.work(entry).seconds(rates) for entry in workload.entries)
-    return SETUP[workload.kind] + CALLS * calls + COMPILING_SECONDS * workload.compiling
+    return SETUP[workload.kind] + CALLS * calls + COMPILE * workload.compiling
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:

@@ -16,10 +16,9 @@ from .. import environment
 from . import clocks, peaks
 from .clocks import LONG_RUN, Clock, Rates, Run, WallClock
 from .parity import WrongError
-from .results import ERROR, FAILED, NOT_REACHED, SKIPPED, Row
+from .results import COMPILED, ERROR, FAILED, NOT_REACHED, SKIPPED, Row
 
 GRAPHS = 64  # of torch.compile, of one workload's implementations
-COMPILING_SECONDS = 12.0  # to compile an implementation, until one was compiled
 
 
 def free_memory(device: str) -> int | None:
@@ -144,11 +143,11 @@ class Pace:
     """Seconds of one call per cost, by family of workloads, the latest last; and of compiling."""
 
     rates: dict[str, float] = field(default_factory=dict)
-    compiling: float = COMPILING_SECONDS
+    compiling: float = 0.0  # an implementation, as the last workload's took
 
     def expected(self, workload: Workload, bench: Bench) -> float:
-        """Seconds at the pace of the family's last workload, or else of the last one; of the first,
-        and of what has no cost, those of compiling alone."""
+        """Seconds at the pace of the family's last workload, or else of the last one, and those of
+        compiling; 0 of the first, and of what has no cost those of compiling alone."""
         compiling = workload.compiling * self.compiling
         if not self.rates or not workload.cost:
             return compiling
@@ -164,9 +163,10 @@ class Pace:
             return
         self.rates.pop(workload.family, None)
         self.rates[workload.family] = seconds / workload.cost
-        if workload.compiling:
+        compiled = sum(row.mode == COMPILED and row.timing is not None for row in rows)
+        if compiled:
             beside = self.expected(workload, bench) - workload.compiling * self.compiling
-            self.compiling = max(0.0, took - beside) / workload.compiling
+            self.compiling = max(0.0, took - beside) / compiled
 
 
 def outcome(error: Exception) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .floor import FORWARD
 from .gate import Gate
 from .harness import Bench, Found, Workload, first_line, first_that_run, outcome, timed
 from .implementations import FUSED, Make, Model, block_model, implementations, whole_model
+from .parity import WrongError
 from .results import COMPILED, EAGER, GRAPH, REFUSED, Row
 from .workloads import DTYPES, LIVE_TENSORS, Entry, Settings, Size, plan
 
@@ -62,8 +63,13 @@ class ModelWorkload(Workload):
 
     @property
     def compiling(self) -> int:
-        modes = self.compiled + (self.quantized and self.task == FORWARD)
+        modes = self.compiled + self.in_fp8
         return modes * sum(map(self._implementations, self.entries))
+
+    @property
+    def in_fp8(self) -> bool:
+        """What is quantized does not train."""
+        return self.quantized and self.task == FORWARD
 
     def _implementations(self, entry: Entry) -> int:
         """About how many; a fused model does not train."""
@@ -85,10 +91,10 @@ class ModelWorkload(Workload):
             kept = LIVE_TENSORS if self.task == FORWARD else KEPT * blocks
             live = self.batch * entry.activations(dtype, self.settings.backend, kept)
             # What is quantized is copied once more when it is compiled.
-            copies = COPIES + number * (self.compiled + 2 * self.quantized)
+            copies = COPIES + number * (self.compiled + 2 * self.in_fp8)
             total += copies * 24 * entry.config.dim**2 * blocks * dtype.itemsize
             if self.settings.device == "cuda":
-                total += number * (1 + self.quantized) * live
+                total += number * (1 + self.in_fp8) * live
             most = max(most, live)
         return total + most * (FINER_TIMES if self.checked is None else 1)
 
@@ -174,8 +180,9 @@ class ModelWorkload(Workload):
                         run, _ = bind(one, self.task, graph=mode == GRAPH)
             except Exception as problem:  # refusals have many types
                 # torchao takes some devices and layers alone: to refuse is no fault of the model's.
+                excused = baseline or (kind and not isinstance(problem, WrongError))
                 refusal: dict[str, Any] = dict(status=REFUSED, note=first_line(problem))
-                yield replace(row, **(refusal if baseline or kind else outcome(problem))), None
+                yield replace(row, **(refusal if excused else outcome(problem))), None
                 if mode == EAGER:
                     return
                 continue
@@ -192,7 +199,7 @@ class ModelWorkload(Workload):
             yield COMPILED, "", Model.compiled
         if bench.device == "cuda":
             yield GRAPH, "", lambda own: own
-        if self.quantized and self.task == FORWARD and name != FUSED:
+        if self.in_fp8 and name != FUSED:
             made: dict[int, Model] = {}
 
             def in_fp8(own: Model) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,8 +47,8 @@ def carry_out(
 
     Returns:
         The exit code: 1 if a candidate is wrong, does not run, or is slower than in the result of
-        --against beyond noise; 130 after Ctrl-C, which before the first time leaves all files
-        alone.
+        --against beyond noise; 2 if that has no row in common; 130 after Ctrl-C. Where nothing was
+        measured, files are left alone.
 
     Raises:
         UsageError: a result of --against that cannot be compared with, no torchao for --quantize, a
@@ -89,11 +90,11 @@ def carry_out(
         gather()
         done.seconds = time.monotonic() - begin
         done.findings = findings.sentences(done)
-        names = _write(done, out, notes) if _found(done) or not done.interrupted else ""
-    if not names:
+        names = _write(done, out, notes) if _found(done) else ""
+    if done.interrupted and not names:
         return 130
     tables.show(done, console(), notes)
-    print(f"Written to {out}/ ({names}).")
+    print(f"Written to {out}/ ({names})." if names else "Nothing was measured, nothing is written.")
     worse = 0 if against is None else _compare(against, done)
     return 130 if done.interrupted else max(worse, results.status(done.rows))
 
@@ -119,7 +120,7 @@ def _write(done: Result, out: Path, notes: Sequence[str]) -> str:
 
 
 def _compare(old: Result, new: Result) -> int:
-    """Say what became worse; 1 if anything did."""
+    """Say what became worse: 1 if anything did, 2 if there is nothing to compare with."""
     worse, common = results.regressions(old, new)
     more = f"{results.SLOWER - 1:.0%}"
     rule = (
@@ -134,7 +135,8 @@ def _compare(old: Result, new: Result) -> int:
     for line in worse:
         print(f"- {line}")
     if not common and not worse:
-        raise UsageError("argument --against: the two results have no row in common")
+        print("argument --against: the two results have no row in common", file=sys.stderr)
+        return 2
     return int(bool(worse))
 
 

@@ -380,7 +380,7 @@ def _table(section: Section, columns: Sequence[Column]) -> Table:
     narrow = not all(column.wide for column in columns)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=narrow)
     for column in columns:
-        wrap = column.left or column.title.startswith("vs ")
+        wrap = column.left or column.title.startswith(("vs ", "Keeps "))
         table.add_column(
             column.title, justify="left" if column.left else "right", no_wrap=not wrap,
             overflow="fold", max_width=None if column.wide else MOST_WIDE,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from ptattn.cli import main
 from tests.bench.test_operations import tiny
 from tests.support.measured import RATES, TINY, result, timed
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BLOCK = ["bench", "block", "--models", *TINY, "--sizes", "32", "--seconds", "0.01"]
 BLOCK += ["--threads", "1", "--dtype", "fp32", "--device", "cpu"]
 
@@ -62,6 +64,20 @@ def test_predictions_at_80_columns(tmp_path, capsys, monkeypatch):
     assert not any("…" in line for line in lines)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"predict.json", "predict.md", "predict.png"}
+
+
+def test_the_committed_prediction_is_today_s(tmp_path, capsys):
+    committed = RESULTS / "predict" / "predict.json"
+    options = ["--out", str(tmp_path), "--against", str(committed)]
+    assert main(["bench", "predict", *options]) == 0
+    rows = sum(not row.baseline for row in results.load(committed).rows)
+    assert f"0 of {rows} results are worse" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_is_written_where_nothing_was_measured(tmp_path, capsys):
+    assert main([*BLOCK, "--budget", "1e-9", "--out", str(tmp_path)]) == 0
+    assert "Nothing was measured, nothing is written." in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

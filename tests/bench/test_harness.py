@@ -1,11 +1,10 @@
 """One workload after another: time limits, memory, what dies or hangs, Ctrl-C."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -15,7 +14,7 @@ from ptattn.bench import harness, isolation
 from ptattn.bench.clocks import WallClock
 from ptattn.bench.harness import Pace, Workload
 from ptattn.bench.isolation import Isolated
-from ptattn.bench.results import ERROR, NOT_REACHED, OK, SKIPPED
+from ptattn.bench.results import COMPILED, ERROR, NOT_REACHED, OK, SKIPPED
 from ptattn.bench.workloads import Settings
 from tests.support.measured import Watch, bench, timed, workload
 
@@ -46,7 +45,7 @@ class Fake:
 
     def blank(self, status, note=""):
         row = timed(self.cost, workload=self.name, status=status, note=note)
-        return [dataclasses.replace(row, timing=None)]
+        return [replace(row, timing=None)]
 
 
 def measure(*workloads, run=harness.run_here, **known):
@@ -78,7 +77,7 @@ def test_the_pace_is_that_of_the_family_s_last_workload():
     assert pace.expected(Fake(cost=4.0), known) == pytest.approx(5 * 0.08)
     assert pace.expected(Fake(cost=4.0, checks=6), known) == pytest.approx(11 * 0.08)
     assert pace.expected(Fake(cost=100.0), known) == pytest.approx(3 * 2.0)  # long: fewer calls
-    filled = dataclasses.replace(known, seconds=3.0)
+    filled = replace(known, seconds=3.0)
     assert pace.expected(Fake(cost=4.0), filled) == pytest.approx(3.0)  # calls to fill the time
     other = Fake(family="other")
     assert pace.expected(other, known) == pytest.approx(5 * 0.02)  # for want of its own
@@ -92,12 +91,11 @@ def test_the_pace_is_that_of_the_family_s_last_workload():
 def test_compiling_takes_time_as_the_last_workload_s_did():
     """What was to be compiled was once begun although it could not end in the budget."""
     pace, known = Pace(), bench(calls=(2, 20))
-    compiled = Fake(compiling=2)
-    assert pace.expected(compiled, known) == 2 * harness.COMPILING_SECONDS  # of the first, too
-    rows = measure(compiled, Fake(), deadline=in_seconds(20.5), calls=(2, 20))
-    assert [row.status for row in rows] == [NOT_REACHED, OK]
-    assert rows[0].note == "predicted 24 s, 20 s of it left"
-    pace.learn(compiled, known, [timed(1.0)], took=82.0)  # of which 2 were its calls'
+    compiled, row = Fake(compiling=2), replace(timed(0.5), mode=COMPILED)
+    assert pace.expected(compiled, known) == 0.0  # of the first nothing is known
+    pace.learn(compiled, known, [row, row], took=82.0)  # of which 2 were its calls'
+    assert pace.expected(Fake(compiling=1), known) == pytest.approx(2.0 + 40.0)
+    pace.learn(compiled, known, [timed(1.0)], took=2.0)  # what did not compile says nothing
     assert pace.expected(Fake(compiling=1), known) == pytest.approx(2.0 + 40.0)
 
 

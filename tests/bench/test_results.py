@@ -98,6 +98,7 @@ def test_files_of_the_first_run_on_a_gpu_are_read(name, rows):
         ('{"schema": 1}', "schema ptattn.bench/2; got schema 1"),
         ('{"schema": "ptattn.bench/1"}', "got schema 'ptattn.bench/1'"),
         ("[]", "got schema None"),
+        ('{"schema": "ptattn.bench/2"}', "earlier.json is damaged: KeyError: 'rows'"),
         ("no json", "cannot read"),
         (None, "cannot read"),
     ],

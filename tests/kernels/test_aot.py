@@ -46,6 +46,12 @@ def test_good_kernels_pass_and_bad_ones_fail(tmp_path):
     assert [(row["kernel"], row["failures"]) for row in backward] == [("window_backward", [])]
 
 
+def test_windows_of_xl_pass(tmp_path):
+    rows = gate(tmp_path, "--arch", "sm90", "--only", "bf16 D72 1x(8x8|16x16)$")
+    kernels = {row["kernel"] for row in rows}
+    assert {"window_forward", "window_backward", "flash_forward", "flash_backward_kv"} <= kernels
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("arch", list(compiled.TARGETS))
 def test_every_default_configuration_passes(tmp_path, arch):
