@@ -31,14 +31,14 @@ def test_the_golden_files_are_there():
     assert len(FILES) == 4
 
 
-# The interpreter takes 10 s and more for a file; one of images is enough for every change.
+# The interpreter takes 10 to 40 s for a file; in tests/kernels it is held to the reference.
 CASES = [
     pytest.param(path, backend, id=f"{path.stem}-{backend}", marks=marks)
     for path in FILES
     for backend, marks in (
         ("reference", ()),
         ("sdpa", ()),
-        ("triton", () if path.stem == "image_16x16_w4" else pytest.mark.long),
+        ("triton", pytest.mark.long),
     )
 ]
 

@@ -540,6 +540,7 @@ def test_it_is_offloaded_as_the_model_is(captures):
     assert not hasattr(model, "_hf_hook")
 
 
+@pytest.mark.long
 def test_a_model_that_is_compiled_and_one_that_is_fused(captures):
     model = small("pt-dit-s-class").eval()
     inputs, labels = (torch.randn(1, 4, 8, 12), torch.ones(1)), torch.ones(1, dtype=torch.int64)

@@ -70,11 +70,20 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def now(self) -> int:
+        self._bury()
+        return self._now
+
+    @property
+    def living(self) -> list[int]:
+        """The bytes of each storage that is alive."""
+        self._bury()
+        return [size for _, size in self._living.values()]
+
+    def _bury(self) -> None:
         while self._dead:
             place, size = self._living.pop(self._dead.pop())
             self._now -= size
             self._seen.remove(place)
-        return self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

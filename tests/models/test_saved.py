@@ -45,7 +45,7 @@ def storages(kind, batch, *, backend="triton", device="meta"):
         stream, condition = Residual(*made[:3]), Condition(*made[3:])
         out = block(stream, *model.config.window_grids(GRID), condition)
         del made, stream, condition
-        sizes = list(live.sizes.values())
+        sizes = live.living
     # What the branch left to the next block takes is counted there.
     sizes.remove(out.y.untyped_storage().nbytes())
     return sizes
