@@ -27,8 +27,6 @@ COMPILED = tuple(
     for size, window in (("1024 px", "1x8x8"), ("2048 px", "1x16x16"))
     for op in ("window", "shifted", "norm", "norm-pool", "pool")
 )
-
-
 # FlexAttention looks at every pair of tokens to make its block mask.
 MOST_FLEX_TOKENS = 2**14
 
